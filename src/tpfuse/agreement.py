@@ -1,0 +1,99 @@
+"""What ranks tell each other beside the data, through torch.distributed's key-value store.
+
+Two uses. At construction every rank publishes its facts and reads everyone's: a difference, or a rank that does not
+come, is one clear error on every rank. And when a call fails, every rank publishes the call that it is in, so that the
+error can say who is where. The store is a side channel that works while the data path hangs, and each wait is bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+
+from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_process_group_store
+
+from tpfuse.errors import PeerTimeout, RankMismatch, TpfuseError
+
+GRACE = 5.0  # seconds that a failing rank waits for its peers to say where they are
+
+
+class Board:
+    """A place in the group's store where each rank can pin a message and read the others'."""
+
+    def __init__(self, group: ProcessGroup, name: str) -> None:
+        self.rank, self.world = group.rank(), group.size()
+        self._store: Store = _get_process_group_store(group)
+        self._prefix = f"tpfuse/{name}"
+
+    def pin(self, topic: str, message: Mapping[str, object]) -> None:
+        self._store.set(f"{self._prefix}/{topic}/{self.rank}", json.dumps(message))
+
+    def read(self, topic: str, seconds: float) -> dict[int, dict[str, object]]:
+        """The messages of all ranks that pinned one within `seconds`; the others are missing."""
+        deadline = time.monotonic() + seconds
+        found: dict[int, dict[str, object]] = {}
+        for rank in range(self.world):
+            key = f"{self._prefix}/{topic}/{rank}"
+            left = max(0.001, deadline - time.monotonic())
+            try:
+                self._store.wait([key], timedelta(seconds=left))
+                found[rank] = json.loads(self._store.get(key))
+            except RuntimeError:  # not there in time, or the store's host is gone: the rank counts as missing
+                continue
+        return found
+
+
+def agree(board: Board, facts: Mapping[str, object], timeout: float) -> None:
+    """Compare `facts` over all ranks. Raises PeerTimeout or RankMismatch, the same on every rank, and no later than
+    `timeout` seconds. A rank that failed before pins {"error": text} instead."""
+    board.pin("facts", facts)
+    found = board.read("facts", timeout)
+    for rank, other in sorted(found.items()):
+        if "error" in other:
+            raise TpfuseError(f"Communicator: rank {rank} could not start: {other['error']}")
+    missing = [rank for rank in range(board.world) if rank not in found]
+    if missing:
+        raise PeerTimeout(
+            f"Communicator: {ranks(missing)} of {board.world} did not construct a Communicator on this group within "
+            f"{timeout:g} s. Every rank of the group must, in the same order; look at that rank's own log."
+        )
+    differences = [
+        f"rank {rank} has {field}={other.get(field)!r}, rank 0 has {value!r}"
+        for rank, other in sorted(found.items())
+        for field, value in found[0].items()
+        if other.get(field) != value
+    ]
+    if differences:
+        raise RankMismatch(
+            "Communicator: the ranks differ: " + "; ".join(differences) + ". They must be the same on every rank."
+        )
+
+
+def diagnose(board: Board, number: int, call: str, cause: str, timeout: float) -> TpfuseError:
+    """Say which rank is where when call `number` failed on this one. Never raises, returns the error to raise."""
+    try:
+        board.pin(f"failed/{number}", {"call": call})
+        others = board.read(f"failed/{number}", min(GRACE, timeout))
+    except RuntimeError:
+        others = {board.rank: {"call": call}}
+    here = f"call #{number}, {call} on rank {board.rank}"
+    different = [f"rank {r} is in {o['call']}" for r, o in sorted(others.items()) if o["call"] != call]
+    if different:
+        return RankMismatch(
+            f"{here}: {'; '.join(different)}. Every rank must make the same calls with the same shapes."
+        )
+    missing = [rank for rank in range(board.world) if rank not in others]
+    if missing:
+        return PeerTimeout(
+            f"{here}: {ranks(missing)} did not arrive within {timeout:g} s ({cause}). "
+            "Look at that rank's own log; this communicator can't be used any more."
+        )
+    return PeerTimeout(f"{here}: all ranks are in the same call, but the exchange failed: {cause}")
+
+
+def ranks(numbers: list[int]) -> str:
+    """`rank 2` or `ranks 1, 3`."""
+    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))

@@ -1,0 +1,304 @@
+"""The `collective` backend: torch.distributed plus torch ops. It works wherever torch.distributed works.
+
+Design record
+- The norms over a sharded width exchange ONE all-reduce of fp32 sums: [T, 1] for `rms_norm`, [T, 2] for `qk_rms_norm`.
+- 16-bit partial sums of more than two ranks travel as fp32. Libraries that reduce in the tensor's dtype round after
+  every hop, up to W - 1 times, which breaks the contract's single rounding; with two ranks there is one addition and
+  the native dtype is exact. docs/contract.md gives the bound that is left, that of fp32 in another order.
+- Mode `off` keeps the path that MiniMax-M2 started from: gather whole rows, norm them, keep the own slice.
+- Gloo aborts the whole process when ranks bring different sizes. So on Gloo a fixed-size signature of the call is
+  exchanged first; a difference is then an error on every rank, at once. It costs one small all-gather a call, on a
+  transport that is not fast anyway, and counts as signature, not as exchange. It runs for T = 0 too.
+- Other transports (NCCL) are asynchronous: a watchdog thread looks after the calls that are in flight. A call that
+  could have begun (all earlier work of its stream is done) and is not finished after `timeout` fails the communicator:
+  the group is aborted, which frees the device, and the next call raises. Calls captured into CUDA graphs are not
+  watched; a graph replays without the host.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]
+
+from tpfuse import reference
+from tpfuse.errors import RankMismatch, TpfuseError
+from tpfuse.plan import OPS, Counter, Facts, Route
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SIGNATURE = struct.Struct("qqqqqq3d")
+
+
+class Call(NamedTuple):
+    """The signature of a call: what every rank must bring alike."""
+
+    op: str
+    rows: int
+    width: int
+    width2: int  # k of qk_rms_norm, else 0
+    dtype: torch.dtype
+    residual: torch.dtype | None
+    eps: float
+    eps2: float
+    weight_bias: float
+
+    def pack(self) -> bytes:
+        residual = -1 if self.residual is None else DTYPE_CODES[self.residual]
+        codes = (OPS.index(self.op), self.rows, self.width, self.width2, DTYPE_CODES[self.dtype], residual)
+        return _SIGNATURE.pack(*codes, self.eps, self.eps2, self.weight_bias)
+
+    @staticmethod
+    def unpack(data: bytes) -> Call:
+        op, rows, width, width2, dtype, residual, *floats = _SIGNATURE.unpack(data)
+        dtypes = list(DTYPE_CODES)
+        return Call(OPS[op], rows, width, width2, dtypes[dtype], None if residual < 0 else dtypes[residual], *floats)
+
+    def __str__(self) -> str:
+        width = f"{self.width}+{self.width2}" if self.width2 else f"{self.width}"
+        residual = "" if self.residual is None else f", residual {short(self.residual)}"
+        return f"{self.op}({self.rows} rows x {width}, {short(self.dtype)}{residual})"
+
+
+def short(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def routes(facts: Facts) -> tuple[Route, ...]:
+    """How this backend serves every op under the requested mode."""
+    reason = ""
+    if facts.mode == "fused":
+        reason = "one rank: there is no exchange" if facts.world == 1 else "backend collective has no fused kernels"
+    mode = "control" if facts.mode == "fused" else facts.mode
+    norm = "all-gather, norm" if mode == "off" else "all-reduce of sums"
+    algorithms = {
+        "rms_norm": norm,
+        "qk_rms_norm": norm,
+        "all_reduce": "all-reduce",
+        "all_reduce_rms_norm": "all-reduce, norm",
+    }
+    return tuple(
+        Route(op, None, "collective", "local" if facts.world == 1 else name, mode, reason)
+        for op, name in algorithms.items()
+    )
+
+
+class Collective:
+    """Serves the ops for one communicator. Tensors come checked, as `[T, n]`; results are new contiguous tensors.
+
+    `fail` turns what went wrong in the current call into the error to raise: it asks the peers where they are.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        transport: str,
+        timeout: float,
+        mode: str,
+        fail: Callable[[int, Call, str], TpfuseError],
+    ) -> None:
+        self.group, self.device, self.transport, self.mode = group, device, transport, mode
+        self.world = group.size()
+        self._timeout = timedelta(seconds=timeout)
+        self._fail = fail
+        self._current: tuple[int, Call, Counter] | None = None
+        self._watchdog: Watchdog | None = None
+        if self.world > 1 and transport != "gloo":
+            self._watchdog = Watchdog(group, device, timeout, fail)
+
+    def prepare(self) -> None:
+        """Make the transport ready, so that later calls may be captured. Collective."""
+        if self.world > 1 and self.transport != "gloo":
+            dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.stop()
+
+    def begin(self, number: int, call: Call, counter: Counter) -> None:
+        """Announce a call, whose bytes go to `counter`. On Gloo, compare its signature over the ranks first."""
+        self._current = (number, call, counter)
+        if self.world > 1 and self.transport == "gloo":
+            self._compare(number, call)
+
+    @torch.no_grad()
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, weight_bias: float) -> Tensor:
+        if self.mode == "off" and self.world > 1:
+            return self._gathered_norm(x, weight, eps, weight_bias)
+        sums = x.float().square().sum(-1)
+        self._all_reduce(sums)
+        inverse = reference.inverse_rms(sums, self.world * x.shape[-1], eps)
+        return reference.apply_norm(x, inverse, weight, weight_bias).to(x.dtype)
+
+    @torch.no_grad()
+    def qk_rms_norm(
+        self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_eps: float, k_eps: float, weight_bias: float
+    ) -> tuple[Tensor, Tensor]:
+        if self.mode == "off" and self.world > 1:
+            return (
+                self._gathered_norm(q, q_weight, q_eps, weight_bias),
+                self._gathered_norm(k, k_weight, k_eps, weight_bias),
+            )
+        sums = torch.stack((q.float().square().sum(-1), k.float().square().sum(-1)), dim=-1)
+        self._all_reduce(sums)
+        q_inverse = reference.inverse_rms(sums[..., 0], self.world * q.shape[-1], q_eps)
+        k_inverse = reference.inverse_rms(sums[..., 1], self.world * k.shape[-1], k_eps)
+        return (
+            reference.apply_norm(q, q_inverse, q_weight, weight_bias).to(q.dtype),
+            reference.apply_norm(k, k_inverse, k_weight, weight_bias).to(k.dtype),
+        )
+
+    @torch.no_grad()
+    def all_reduce(self, x: Tensor) -> Tensor:
+        wide = self.world > 2 and x.dtype != torch.float32
+        total = x.to(torch.float32 if wide else x.dtype, copy=True, memory_format=torch.contiguous_format)
+        self._all_reduce(total)
+        return total.to(x.dtype)
+
+    @torch.no_grad()
+    def all_reduce_rms_norm(
+        self, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, weight_bias: float
+    ) -> tuple[Tensor, Tensor | None]:
+        r = self.all_reduce(x).float()
+        if residual is not None:
+            r = r + residual.float()
+        gamma = weight.float() + weight_bias if weight_bias else weight.float()
+        norm = torch.nn.functional.rms_norm(r, (r.shape[-1],), gamma, eps).to(x.dtype)
+        return norm, None if residual is None else r.to(residual.dtype)
+
+    def _gathered_norm(self, x: Tensor, weight: Tensor, eps: float, weight_bias: float) -> Tensor:
+        """Gather the whole row, norm it, keep the own slice: W times the bytes of x instead of one float a row."""
+        n = x.shape[-1]
+        rows = x.contiguous()
+        parts = torch.empty(self.world * rows.shape[0], n, dtype=x.dtype, device=x.device)
+        self._run(rows, lambda: dist.all_gather_into_tensor(parts, rows, group=self.group, async_op=True))
+        whole = parts.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(1).float()
+        normed = torch.nn.functional.rms_norm(whole, (self.world * n,), None, eps)
+        own = normed[:, self.group.rank() * n : (self.group.rank() + 1) * n]
+        return (own * (weight.float() + weight_bias)).to(x.dtype)
+
+    def _all_reduce(self, buffer: Tensor) -> None:
+        """Sum a contiguous buffer over the ranks, in place."""
+        if self.world == 1:
+            return
+        self._run(buffer, lambda: dist.all_reduce(buffer, group=self.group, async_op=True))
+
+    def _run(self, buffer: Tensor, start: Callable[[], dist.Work]) -> None:
+        """Start an exchange of `buffer` and wait for it: the host on Gloo, the current stream elsewhere."""
+        assert self._current is not None
+        number, call, counter = self._current
+        counter.bytes += buffer.numel() * buffer.element_size()
+        try:
+            if self._watchdog is None:
+                start().wait(self._timeout)
+            else:
+                self._watchdog.follow(number, call, start)
+        except RuntimeError as error:
+            raise self._fail(number, call, first_line(error)) from error
+
+    def _compare(self, number: int, call: Call) -> None:
+        own = torch.frombuffer(bytearray(call.pack()), dtype=torch.uint8)
+        every = [torch.empty_like(own) for _ in range(self.world)]
+        options = AllgatherOptions()
+        options.timeout = self._timeout
+        try:
+            self.group.allgather([every], [own], options).wait()
+        except RuntimeError as error:
+            raise self._fail(number, call, first_line(error)) from error
+        packed = [bytes(t.tolist()) for t in every]
+        if any(p != packed[0] for p in packed):
+            raise RankMismatch(difference(number, [Call.unpack(p) for p in packed]))
+
+
+def difference(number: int, calls: list[Call]) -> str:
+    """Name the ranks and the fields in which the calls differ from rank 0's."""
+    found = [
+        f"rank {rank} has {field}={getattr(call, field)}, rank 0 has {getattr(calls[0], field)}"
+        for rank, call in enumerate(calls)
+        for field in Call._fields
+        if getattr(call, field) != getattr(calls[0], field)
+    ]
+    return (
+        f"call #{number}, {calls[0]} on rank 0: the ranks differ: {'; '.join(found)}. "
+        "Every rank must make the same calls with the same shapes and settings."
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the stack that torch appends."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+@dataclass
+class InFlight:
+    """A call that the device has not finished. `ready` fires when all earlier work of the stream is done."""
+
+    number: int
+    call: Call
+    ready: torch.cuda.Event
+    work: dist.Work
+    since: float | None = None  # when `ready` was first seen fired
+
+
+class Watchdog:
+    """Follows asynchronous calls and fails the communicator when one does not end in time."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        timeout: float,
+        fail: Callable[[int, Call, str], TpfuseError],
+    ) -> None:
+        self._group, self._device, self._timeout, self._fail = group, device, timeout, fail
+        self._calls: deque[InFlight] = deque()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="tpfuse-watchdog", daemon=True)
+        self._thread.start()
+
+    def follow(self, number: int, call: Call, start: Callable[[], dist.Work]) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            start().wait()
+            return
+        ready = torch.cuda.Event()
+        ready.record()
+        work = start()
+        work.wait()
+        self._calls.append(InFlight(number, call, ready, work))
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        pause = min(0.2, self._timeout / 10)
+        while not self._stopped.wait(pause):
+            late = self._late()
+            if late is not None:
+                self._fail(late.number, late.call, "the exchange did not end on the device")
+                self._group.abort()
+                return
+
+    def _late(self) -> InFlight | None:
+        """The oldest call in flight, if its time is over."""
+        while self._calls and self._calls[0].work.is_completed():
+            self._calls.popleft()
+        if not self._calls:
+            return None
+        oldest, now = self._calls[0], time.monotonic()
+        if oldest.since is None:
+            oldest.since = now if oldest.ready.query() else None
+            return None
+        return oldest if now - oldest.since > self._timeout else None

@@ -1,0 +1,78 @@
+"""Checks of what a call is given. They run on every eager call, so the good path is a few comparisons; the
+messages are built only when something is wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpfuse.errors import InvalidArgument, Unsupported
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = "float32, bfloat16 or float16"
+
+
+def activation(op: str, name: str, x: Tensor, device: torch.device, max_hidden: int) -> None:
+    """x: `[..., n]` on the communicator's device, n contiguous, a supported dtype, no gradient."""
+    if x.dtype not in DTYPES:
+        raise InvalidArgument(f"{op}: {name} has dtype {x.dtype}; supported: {_NAMES}. Cast it before the call.")
+    if x.device != device:
+        raise InvalidArgument(
+            f"{op}: {name} is on {x.device}, the communicator on {device}. Move it, or make a communicator there."
+        )
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise InvalidArgument(f"{op}: {name} has shape {list(x.shape)}; needed: [..., width] with width > 0.")
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        raise InvalidArgument(
+            f"{op}: the last dimension of {name} has stride {x.stride(-1)}; rows may be strided, their elements must "
+            "be contiguous. Call .contiguous() first."
+        )
+    if x.shape[-1] > max_hidden:
+        raise InvalidArgument(
+            f"{op}: {name} is {x.shape[-1]} wide, the communicator was made for max_hidden={max_hidden}. "
+            "Make it with a larger max_hidden."
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise Unsupported(f"{op}: {name} requires a gradient; tpfuse is for inference. Use torch.no_grad().")
+
+
+def weight(op: str, name: str, w: Tensor, x: Tensor) -> None:
+    """w: gamma for x, `[n]`, any supported dtype."""
+    if w.dtype not in DTYPES:
+        raise InvalidArgument(f"{op}: {name} has dtype {w.dtype}; supported: {_NAMES}.")
+    if w.shape != x.shape[-1:]:
+        raise InvalidArgument(
+            f"{op}: {name} has shape {list(w.shape)}; needed: [{x.shape[-1]}], this rank's part of gamma."
+        )
+    if w.device != x.device or not w.is_contiguous():
+        raise InvalidArgument(
+            f"{op}: {name} must be contiguous and on {x.device}; it is on {w.device}, stride {w.stride()}."
+        )
+
+
+def same_shape(op: str, name: str, y: Tensor, x: Tensor) -> None:
+    """y goes with x row by row: the same shape and device, elements of a row contiguous, no memory shared by rows."""
+    if y.shape != x.shape or y.device != x.device:
+        raise InvalidArgument(
+            f"{op}: {name} has shape {list(y.shape)} on {y.device}; needed: {list(x.shape)} on {x.device}."
+        )
+    if y.dtype not in DTYPES:
+        raise InvalidArgument(f"{op}: {name} has dtype {y.dtype}; supported: {_NAMES}.")
+    if y.stride(-1) != 1 and y.shape[-1] != 1:
+        raise InvalidArgument(f"{op}: the last dimension of {name} has stride {y.stride(-1)}; needed: 1.")
+
+
+def output(op: str, out: Tensor, x: Tensor) -> None:
+    """out: like x, dtype included."""
+    same_shape(op, "out", out, x)
+    if out.dtype != x.dtype:
+        raise InvalidArgument(f"{op}: out has dtype {out.dtype}; needed: {x.dtype}, the dtype of the input.")
+
+
+def same_rows(op: str, q: Tensor, k: Tensor) -> None:
+    """q and k: the same leading dimensions and dtype."""
+    if q.shape[:-1] != k.shape[:-1] or q.dtype != k.dtype:
+        raise InvalidArgument(
+            f"{op}: q is {list(q.shape)} {q.dtype}, k is {list(k.shape)} {k.dtype}; "
+            "needed: the same leading dimensions and dtype."
+        )

@@ -1,0 +1,351 @@
+"""The Communicator: one for each tensor-parallel group and device. It owns the plan and the backend, checks what it is
+given, and counts what ran.
+
+Reading order for one call: the public method checks its tensors, `_begin` picks the route, counts and announces,
+the backend computes. Under torch.compile the method becomes one operator of `ops.py`, which calls the same method
+again when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tpfuse import __version__, checks
+from tpfuse.agreement import Board, agree, diagnose
+from tpfuse.backends import collective
+from tpfuse.backends.collective import Call, Collective
+from tpfuse.errors import CommunicatorClosed, InvalidArgument, TpfuseError, Unsupported
+from tpfuse.plan import MODES, Counter, Facts, Plan, Report, Route, combined_mode
+from tpfuse.reference import NormOutput
+
+BACKENDS = ("auto", "collective")
+
+_made: dict[str, int] = {}  # communicators made so far on each group, so that every one has its own name
+_by_name: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
+
+
+def by_name(name: str) -> Communicator:
+    """The living communicator of that name in this process: how operators in compiled code find theirs."""
+    found = _by_name.get(name)
+    if found is None:
+        raise CommunicatorClosed(
+            f"no communicator named {name!r} in this process; living: {sorted(_by_name)}. "
+            "Keep the Communicator alive as long as code compiled with it runs."
+        )
+    return found
+
+
+class Communicator:
+    """Tensor-parallel ops of one process group on one device.
+
+    Making one is collective: every rank of the group must, in the same order, and ranks whose version, settings or plan
+    differ get a RankMismatch. Use it as a context manager, or call `close()`.
+
+    group: a torch.distributed process group; None: the default one.
+    device: where the tensors live; None: the current GPU if the group serves GPUs, else the CPU.
+    mode: "fused", "control" (separate all-reduce and norm) or "off" (as model authors write it: whole rows gathered).
+    backend: "auto" or "collective".
+    max_hidden: widest row, in elements of one rank's tensor.
+    timeout: seconds after which a rank that does not come is an error.
+
+    Raises InvalidArgument, Unsupported, RankMismatch, PeerTimeout.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        device: torch.device | str | None = None,
+        mode: str = "fused",
+        backend: str = "auto",
+        max_hidden: int = 16384,
+        timeout: float = 30.0,
+    ) -> None:
+        self.group = _resolve_group(group)
+        serial = _made.get(self.group.group_name, 0)
+        _made[self.group.group_name] = serial + 1
+        self.name = f"{self.group.group_name}/{serial}"
+        self.rank, self.world = self.group.rank(), self.group.size()
+        self._board = Board(self.group, self.name)
+        self._closed = False
+        self._prepared = False
+        self._failure: TpfuseError | None = None
+        self._number = 0
+        self._counters: dict[int, Counter] = {}  # by the identity of the plan's route
+        try:
+            _check_settings(mode, backend, max_hidden, timeout)
+            self.device, self.transport = _resolve_device(self.group, device)
+            facts = Facts(self.world, self.device.type, self.transport, mode, backend, max_hidden)
+            self.plan = Plan(mode, backend, self.world, collective.routes(facts))
+        except TpfuseError as error:
+            self._board.pin("facts", {"error": str(error)})
+            raise
+        self.max_hidden, self.timeout = max_hidden, float(timeout)
+        agree(self._board, self._facts(), self.timeout)
+        self._backend = Collective(self.group, self.device, self.transport, self.timeout, mode, self._fail)
+        _by_name[self.name] = self
+        import tpfuse.ops  # noqa: F401  registers torch.ops.tpfuse; here, because it needs `by_name` above
+
+    def _facts(self) -> dict[str, object]:
+        """What must be the same on every rank."""
+        return {
+            "tpfuse": __version__,
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "transport": self.transport,
+            "mode": self.plan.requested_mode,
+            "backend": self.plan.requested_backend,
+            "max_hidden": self.max_hidden,
+            "timeout": self.timeout,
+            "plan": [" | ".join(map(str, vars(route).values())) for route in self.plan.routes],
+        }
+
+    def prepare(self) -> None:
+        """Make everything ready that later calls need. Collective; call it before capturing a CUDA graph."""
+        self._check_usable()
+        if not self._prepared:
+            self._backend.prepare()
+            self._prepared = True
+
+    def close(self) -> None:
+        """Give back what the communicator holds. Calls after it raise CommunicatorClosed; closing twice is fine."""
+        if not self._closed:
+            self._closed = True
+            _by_name.pop(self.name, None)
+            self._backend.close()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self.plan.effective_mode
+        return f"<tpfuse.Communicator {self.name}: rank {self.rank} of {self.world} on {self.device}, {state}>"
+
+    def report(self) -> Report:
+        """What really ran, as data (`as_dict()`) and as a rich table (`rich.print`)."""
+        counters = tuple(self._counters.values())
+        ran = combined_mode(c.route.mode for c in counters) if counters else self.plan.effective_mode
+        return Report(
+            self.plan.requested_mode, ran, self.rank, self.world, str(self.device), self.transport, self.plan, counters
+        )
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, *, eps: float = 1e-6, weight_bias: float = 0.0, out: Tensor | None = None
+    ) -> Tensor:
+        """RMSNorm over a width that is split over the ranks.
+
+        x: `[..., n]`, this rank's part of rows of `n * W`; rows may be strided. weight: `[n]`, its part of gamma.
+        Returns `x / sqrt(sum over all ranks of x^2 / (n W) + eps) * (weight + weight_bias)` like x, in `out` if given
+        (which may be x itself).
+        """
+        if torch.compiler.is_compiling():
+            y = torch.ops.tpfuse.rms_norm(x, weight, self.name, eps, weight_bias)
+            return y if out is None else out.copy_(y)
+        checks.activation("rms_norm", "x", x, self.device, self.max_hidden)
+        checks.weight("rms_norm", "weight", weight, x)
+        if out is not None:
+            checks.output("rms_norm", out, x)
+        call = Call("rms_norm", count_rows(x), x.shape[-1], 0, x.dtype, None, eps, eps, weight_bias)
+        if not self._begin(call):
+            return empty(x) if out is None else out
+        y = self._backend.rms_norm(rows(x), weight, eps, weight_bias).view(x.shape)
+        return y if out is None else out.copy_(y)
+
+    def qk_rms_norm(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        *,
+        eps: float | tuple[float, float] = 1e-6,
+        weight_bias: float = 0.0,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`rms_norm` of q `[..., n]` and of k `[..., m]`, each over its own width, in ONE exchange of two floats a row.
+
+        q and k may be views of one fused qkv tensor. eps: one number, or a pair for q and k. `out=(q, k)`: in place.
+        """
+        q_eps, k_eps = eps if isinstance(eps, tuple) else (eps, eps)
+        if torch.compiler.is_compiling():
+            y = torch.ops.tpfuse.qk_rms_norm(q, k, q_weight, k_weight, self.name, q_eps, k_eps, weight_bias)
+            return (y[0], y[1]) if out is None else (out[0].copy_(y[0]), out[1].copy_(y[1]))
+        checks.activation("qk_rms_norm", "q", q, self.device, self.max_hidden)
+        checks.activation("qk_rms_norm", "k", k, self.device, self.max_hidden)
+        checks.same_rows("qk_rms_norm", q, k)
+        checks.weight("qk_rms_norm", "q_weight", q_weight, q)
+        checks.weight("qk_rms_norm", "k_weight", k_weight, k)
+        if out is not None:
+            checks.output("qk_rms_norm", out[0], q)
+            checks.output("qk_rms_norm", out[1], k)
+        call = Call("qk_rms_norm", count_rows(q), q.shape[-1], k.shape[-1], q.dtype, None, q_eps, k_eps, weight_bias)
+        if not self._begin(call):
+            return (empty(q), empty(k)) if out is None else out
+        y = self._backend.qk_rms_norm(rows(q), rows(k), q_weight, k_weight, q_eps, k_eps, weight_bias)
+        y = (y[0].view(q.shape), y[1].view(k.shape))
+        return y if out is None else (out[0].copy_(y[0]), out[1].copy_(y[1]))
+
+    def all_reduce(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """The sum of every rank's x `[..., H]`, in fp32 and rounded once; in `out` if given (may be x)."""
+        if torch.compiler.is_compiling():
+            y = torch.ops.tpfuse.all_reduce(x, self.name)
+            return y if out is None else out.copy_(y)
+        checks.activation("all_reduce", "x", x, self.device, self.max_hidden)
+        if out is not None:
+            checks.output("all_reduce", out, x)
+        call = Call("all_reduce", count_rows(x), x.shape[-1], 0, x.dtype, None, 0.0, 0.0, 0.0)
+        if not self._begin(call):
+            return empty(x) if out is None else out
+        y = self._backend.all_reduce(rows(x)).view(x.shape)
+        return y if out is None else out.copy_(y)
+
+    def all_reduce_rms_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        residual: Tensor | None = None,
+        eps: float = 1e-6,
+        weight_bias: float = 0.0,
+        quant: object | None = None,
+        keep_norm: bool = False,
+    ) -> NormOutput:
+        """All-reduce, residual add and RMSNorm, the boundary of every decoder layer.
+
+        x: `[..., H]`, this rank's partial sum; weight: `[H]`, the whole gamma; residual: like x, of any float dtype.
+        Returns `NormOutput(norm, residual, quant, scale)`: the norm of `sum + residual` in the dtype of x, and the new
+        residual `sum + residual` in the residual's dtype (None without one). weight_bias=1.0 is Gemma's norm.
+        quant: a quantised output format; none is supported yet. keep_norm: with quant, also return the norm.
+        """
+        if quant is not None:
+            raise Unsupported(
+                f"all_reduce_rms_norm: quant={quant!r}; this version has no quantised outputs. "
+                "Leave quant=None and quantise the returned norm."
+            )
+        if torch.compiler.is_compiling():
+            if residual is None:
+                y = torch.ops.tpfuse.all_reduce_rms_norm(x, weight, self.name, eps, weight_bias)
+                return NormOutput(y, None, None, None)
+            y, r = torch.ops.tpfuse.all_reduce_add_rms_norm(x, weight, residual, self.name, eps, weight_bias)
+            return NormOutput(y, r, None, None)
+        checks.activation("all_reduce_rms_norm", "x", x, self.device, self.max_hidden)
+        checks.weight("all_reduce_rms_norm", "weight", weight, x)
+        if residual is not None:
+            checks.same_shape("all_reduce_rms_norm", "residual", residual, x)
+        residual_dtype = None if residual is None else residual.dtype
+        call = Call(
+            "all_reduce_rms_norm", count_rows(x), x.shape[-1], 0, x.dtype, residual_dtype, eps, eps, weight_bias
+        )
+        if not self._begin(call):
+            return NormOutput(empty(x), None if residual is None else empty(residual), None, None)
+        stream = None if residual is None else rows(residual)
+        norm, new = self._backend.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias)
+        return NormOutput(norm.view(x.shape), None if new is None else new.view(x.shape), None, None)
+
+    def _begin(self, call: Call) -> bool:
+        """Announce a call and count it. False: there are no rows to work on."""
+        self._check_usable()
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.device.type == "cuda" and not self._prepared:
+            if capturing:
+                raise Unsupported(
+                    f"{call.op}: first call of {self!r} inside a CUDA graph capture. "
+                    "Call prepare() on every rank before."
+                )
+            self.prepare()
+        counter = self._counter(self.plan.route(call.op, call.rows))
+        counter.calls += 1
+        counter.rows += call.rows
+        counter.captured += capturing
+        self._number += 1
+        self._backend.begin(self._number, call, counter)
+        return call.rows > 0
+
+    def _counter(self, route: Route) -> Counter:
+        found = self._counters.get(id(route))
+        if found is None:
+            found = self._counters[id(route)] = Counter(route)
+        return found
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise CommunicatorClosed(f"communicator {self.name} is closed; make a new one.")
+        if self._failure is not None:
+            raise self._failure
+
+    def _fail(self, number: int, call: Call, cause: str) -> TpfuseError:
+        """Find out who is missing in a call that failed, and stay failed: the group is not usable any more."""
+        self._failure = diagnose(self._board, number, str(call), cause, self.timeout)
+        return self._failure
+
+
+def count_rows(x: Tensor) -> int:
+    """Rows of `[..., n]`."""
+    return x.numel() // x.shape[-1]
+
+
+def rows(x: Tensor) -> Tensor:
+    """`[..., n]` as `[T, n]`: a view where the strides allow it."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def empty(x: Tensor) -> Tensor:
+    """A contiguous tensor like x, not filled: results are contiguous whatever the strides of the input are."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise InvalidArgument(
+            f"Communicator: group is {group!r}; needed: a torch.distributed process group of this rank, or None."
+        )
+    if not dist.is_initialized():
+        started = "RANK and WORLD_SIZE are set" if "RANK" in os.environ else "this process was not started by torchrun"
+        raise InvalidArgument(
+            f"Communicator: torch.distributed is not initialised ({started}). Call "
+            "torch.distributed.init_process_group() on every rank first; one process alone is a group of one."
+        )
+    return group if group is not None else dist.group.WORLD  # type: ignore[return-value]
+
+
+def _check_settings(mode: str, backend: str, max_hidden: int, timeout: float) -> None:
+    if mode not in MODES:
+        raise InvalidArgument(f"Communicator: mode={mode!r}; supported: {', '.join(MODES)}.")
+    if backend not in BACKENDS:
+        raise InvalidArgument(f"Communicator: backend={backend!r}; supported: {', '.join(BACKENDS)}.")
+    if not isinstance(max_hidden, int) or max_hidden < 1:
+        raise InvalidArgument(
+            f"Communicator: max_hidden={max_hidden!r}; needed: a whole number of elements, at least 1."
+        )
+    if not timeout > 0:
+        raise InvalidArgument(f"Communicator: timeout={timeout!r}; needed: seconds, more than 0.")
+
+
+def _resolve_device(group: dist.ProcessGroup, device: torch.device | str | None) -> tuple[torch.device, str]:
+    """The device and the transport that the group has for it, e.g. (cuda:3, "nccl")."""
+    transports = dict(part.split(":") for part in str(dist.get_backend_config(group)).split(","))
+    if device is None:
+        gpu = "cuda" in transports and torch.cuda.is_available() and transports["cuda"] != "gloo"
+        device = "cuda" if gpu else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise Unsupported(f"Communicator: device={device}, but torch sees no GPU here. Use device='cpu'.")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type not in transports:
+        raise Unsupported(
+            f"Communicator: device={device}, but the group serves {', '.join(transports)} only. "
+            "Make the group with a backend for that device (gloo for cpu, nccl for cuda)."
+        )
+    return device, transports[device.type]

@@ -1,0 +1,234 @@
+"""Starts ranks on this machine: one process each, joined in a process group, for the command line, examples and tests.
+
+Under torchrun (RANK and WORLD_SIZE set) nothing is started: this process is one of the ranks.
+
+A job is a module-level function `job(rank: Rank, *args)`. What it returns comes back to the caller, one value a rank;
+what it raises is raised there, as the rank's TpfuseError or as RankFailed with the traceback. A rank that dies without
+a word is an error too, and no rank outlives the caller.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any
+
+from tpfuse.errors import InvalidArgument, PeerTimeout, TpfuseError, Unsupported
+
+Progress = Callable[[int, int, str], None]  # done, total, what
+
+
+class RankFailed(TpfuseError):
+    """A rank's job raised something that is not a TpfuseError, or its process died."""
+
+
+@dataclass
+class Rank:
+    """What a job knows of itself."""
+
+    rank: int
+    world: int
+    device_type: str
+    progress: Progress
+
+
+def under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def resolve_world(world: int | None, device_type: str) -> int:
+    """The number of ranks to start: as asked, else one a GPU, else 2 on a CPU. Raises Unsupported, InvalidArgument."""
+    import torch
+
+    if world is not None and world < 1:
+        raise InvalidArgument(f"--world {world}: at least 1 rank is needed.")
+    if under_torchrun():
+        given = int(os.environ["WORLD_SIZE"])
+        if world not in (None, given):
+            raise InvalidArgument(f"--world {world}, but torchrun started {given} ranks. Leave --world out.")
+        return given
+    if device_type == "cuda":
+        gpus = torch.cuda.device_count()
+        if not gpus:
+            raise Unsupported("--device cuda: torch sees no GPU on this machine. Use --device cpu.")
+        if world is not None and world > gpus:
+            raise Unsupported(f"--world {world}: this machine has {gpus} GPUs, and each rank needs its own.")
+        return world or gpus
+    return world or 2
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Ranks:
+    """W running ranks. `run(job, *args)` runs a job on all of them and returns their results in rank order."""
+
+    def __init__(self, world: int, device_type: str = "cpu", *, timeout: float = 120.0) -> None:
+        self.world, self.timeout = world, timeout
+        context = mp.get_context("spawn")
+        address = f"tcp://127.0.0.1:{free_port()}"
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, rank, world, device_type, address, timeout), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, job: Callable[..., Any], *args: Any, progress: Progress | None = None) -> list[Any]:
+        """Raises the first failure: a rank's own TpfuseError, or RankFailed."""
+        for pipe in self._pipes:
+            pipe.send((job, args))
+        results: dict[int, Any] = {}
+        failures: dict[int, TpfuseError] = {}
+        waiting = set(range(self.world))
+        while waiting:
+            # After a failure the other ranks get a moment to end or fail in their own words.
+            ready = wait([self._pipes[rank] for rank in waiting], timeout=10 if failures else None)
+            if not ready:
+                break
+            for rank in [rank for rank in waiting if self._pipes[rank] in ready]:
+                kind, value = self._receive(rank)
+                if kind == "progress":
+                    if progress is not None and rank == 0:
+                        progress(*value)
+                    continue
+                waiting.remove(rank)
+                if kind == "result":
+                    results[rank] = value
+                else:
+                    failures[rank] = self._failure(rank, kind, value)
+        if failures:
+            self.close()
+            raise failures[min(failures)]
+        return [results[rank] for rank in range(self.world)]
+
+    def _receive(self, rank: int) -> tuple[str, Any]:
+        try:
+            kind, value = self._pipes[rank].recv()
+        except (EOFError, ConnectionResetError):
+            return "died", None
+        return kind, value
+
+    def _failure(self, rank: int, kind: str, value: Any) -> TpfuseError:
+        if kind == "error":
+            return value if isinstance(value, TpfuseError) else RankFailed(f"rank {rank}: {value}")
+        self._processes[rank].join(5)
+        code = self._processes[rank].exitcode
+        return RankFailed(f"rank {rank}: the process died with exit code {code}; its own output says more.")
+
+    def kill(self, rank: int) -> None:
+        """End one rank's process at once, as a crash would."""
+        self._processes[rank].kill()
+        self._processes[rank].join()
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        deadline = time.monotonic() + 10
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def run_ranks(
+    job: Callable[..., Any], *args: Any, world: int, device_type: str, progress: Progress | None = None
+) -> list[Any]:
+    """Run a job once. Under torchrun it runs in this process, and the list holds this rank's result only."""
+    if under_torchrun():
+        rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+        join_group(rank, world, device_type, "env://", 120.0, local)
+        try:
+            return [job(Rank(rank, world, device_type, progress if progress and rank == 0 else _ignore), *args)]
+        finally:
+            leave_group()
+    with Ranks(world, device_type) as ranks:
+        return ranks.run(job, *args, progress=progress)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def join_group(rank: int, world: int, device_type: str, address: str, timeout: float, local: int) -> None:
+    """Initialise torch.distributed for this process. Raises PeerTimeout if not all ranks come."""
+    import torch
+    import torch.distributed as dist
+
+    backend = "gloo"
+    if device_type == "cuda":
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(
+            backend, init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        )
+    except (RuntimeError, TimeoutError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PeerTimeout(f"rank {rank} of {world}: not all ranks came within {timeout:g} s: {reason}") from error
+
+
+def leave_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _ignore(done: int, total: int, what: str) -> None:
+    """No progress wanted."""
+
+
+def _serve(pipe: Connection, rank: int, world: int, device_type: str, address: str, timeout: float) -> None:
+    """A rank's process: join the group, then run jobs until the pipe closes."""
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    try:
+        join_group(rank, world, device_type, address, timeout, rank)
+    except TpfuseError as error:
+        pipe.send(("error", error))
+        return
+    me = Rank(rank, world, device_type, lambda *state: pipe.send(("progress", state)))
+    while True:
+        try:
+            job, args = pipe.recv()
+        except (EOFError, OSError):
+            break
+        try:
+            answer = ("result", job(me, *args))
+        except TpfuseError as error:
+            answer = ("error", error)
+        except BaseException:
+            answer = ("error", traceback.format_exc())
+        pipe.send(answer)
+    leave_group()

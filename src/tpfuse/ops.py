@@ -1,0 +1,89 @@
+"""`torch.ops.tpfuse.*`: the ops as functional operators with fake implementations, so that
+`torch.compile(fullgraph=True)` traces through a model that uses a Communicator.
+
+The communicator travels as its name, a string constant that is the same on every rank. Eager calls of Communicator
+methods don't come here; compiled code does, and pays for the dispatcher only there. docs/structure.md has the figures.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpfuse.communicator import by_name
+
+_LIBRARY = torch.library.Library("tpfuse", "DEF")  # lives as long as the process
+
+
+def rms_norm(x: Tensor, weight: Tensor, comm: str, eps: float = 1e-6, weight_bias: float = 0.0) -> Tensor:
+    return by_name(comm).rms_norm(x, weight, eps=eps, weight_bias=weight_bias)
+
+
+def qk_rms_norm(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    comm: str,
+    q_eps: float = 1e-6,
+    k_eps: float = 1e-6,
+    weight_bias: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    return by_name(comm).qk_rms_norm(q, k, q_weight, k_weight, eps=(q_eps, k_eps), weight_bias=weight_bias)
+
+
+def all_reduce(x: Tensor, comm: str) -> Tensor:
+    return by_name(comm).all_reduce(x)
+
+
+def all_reduce_rms_norm(x: Tensor, weight: Tensor, comm: str, eps: float = 1e-6, weight_bias: float = 0.0) -> Tensor:
+    norm = by_name(comm).all_reduce_rms_norm(x, weight, eps=eps, weight_bias=weight_bias).norm
+    assert norm is not None
+    return norm
+
+
+def all_reduce_add_rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor, comm: str, eps: float = 1e-6, weight_bias: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    y = by_name(comm).all_reduce_rms_norm(x, weight, residual=residual, eps=eps, weight_bias=weight_bias)
+    assert y.norm is not None
+    assert y.residual is not None
+    return y.norm, y.residual
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+# schema, implementation, shapes of the results
+_OPERATORS = (
+    (
+        "rms_norm(Tensor x, Tensor weight, str comm, float eps=1e-06, float weight_bias=0.0) -> Tensor",
+        rms_norm,
+        lambda x, *_, **__: _like(x),
+    ),
+    (
+        "qk_rms_norm(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, str comm, float q_eps=1e-06, "
+        "float k_eps=1e-06, float weight_bias=0.0) -> (Tensor, Tensor)",
+        qk_rms_norm,
+        lambda q, k, *_, **__: (_like(q), _like(k)),
+    ),
+    ("all_reduce(Tensor x, str comm) -> Tensor", all_reduce, lambda x, *_, **__: _like(x)),
+    (
+        "all_reduce_rms_norm(Tensor x, Tensor weight, str comm, float eps=1e-06, float weight_bias=0.0) -> Tensor",
+        all_reduce_rms_norm,
+        lambda x, *_, **__: _like(x),
+    ),
+    (
+        "all_reduce_add_rms_norm(Tensor x, Tensor weight, Tensor residual, str comm, float eps=1e-06, "
+        "float weight_bias=0.0) -> (Tensor, Tensor)",
+        all_reduce_add_rms_norm,
+        lambda x, weight, residual, *_, **__: (_like(x), _like(residual)),
+    ),
+)
+
+for _schema, _implementation, _fake in _OPERATORS:
+    _name = _schema.partition("(")[0]
+    _LIBRARY.define(_schema)
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tpfuse::{_name}", _fake, lib=_LIBRARY)

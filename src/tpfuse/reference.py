@@ -1,0 +1,134 @@
+"""The numerical contract in plain torch: the same operations, on the tensors of ALL ranks at once.
+
+This file is the oracle of every test. The kernels reproduce it bit for bit; the `collective` backend stays within
+the distance that docs/contract.md states. It is written for reading, not for speed.
+
+The rules (docs/contract.md gives the reasons):
+
+* everything is accumulated in fp32, each operation rounded once (no fused multiply-add);
+* ranks are added in rank order 0..W-1;
+* sums of squares follow one fixed tree that depends on the width alone, see `sum_of_squares`;
+* `1 / sqrt(total * (1/D) + eps)`: eps is added to the MEAN, square root and division are IEEE fp32;
+* `round` is one rounding to the tensor's dtype, to nearest even.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+VECTOR = 8  # elements that one lane sums
+LANES = 32  # lanes of a group: a group is 256 neighbouring elements
+
+
+class NormOutput(NamedTuple):
+    """Result of `all_reduce_rms_norm`. What was not asked for is None.
+
+    norm: `[..., H]` in the dtype of x; residual: `[..., H]` in the dtype of the given residual, the new residual
+    stream; quant, scale: the quantised norm and its scales, when a format was given.
+    """
+
+    norm: Tensor | None
+    residual: Tensor | None
+    quant: Tensor | None
+    scale: Tensor | None
+
+
+def fold(x: Tensor) -> Tensor:
+    """Sum over the last dimension (a power of two) by adding the upper half to the lower half until one is left.
+
+    It is what a butterfly of warp shuffles computes, so a kernel may hand the same tree to lanes, warps or blocks.
+    """
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x.squeeze(-1)
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """`[..., n]` to fp32 `[...]`: squares in fp32, summed over 8 elements, then 32 lanes, then the groups of 256.
+
+    The row is padded with zeros to a whole number of groups, and the groups to a power of two. No step depends on
+    the number of rows, threads or blocks.
+    """
+    groups = max(1, -(-x.shape[-1] // (VECTOR * LANES)))
+    groups = 1 << (groups - 1).bit_length()
+    square = x.float().square()
+    square = torch.nn.functional.pad(square, (0, groups * LANES * VECTOR - x.shape[-1]))
+    return fold(fold(fold(square.unflatten(-1, (groups, LANES, VECTOR)))))
+
+
+def inverse_rms(total: Tensor, width: int, eps: float) -> Tensor:
+    """fp32 `1 / sqrt(total / width + eps)`; `total / width` is a product with the fp32 reciprocal of width."""
+    return 1.0 / (total * (1.0 / width) + eps).sqrt()
+
+
+def apply_norm(x: Tensor, inverse: Tensor, weight: Tensor, weight_bias: float) -> Tensor:
+    """fp32 `(x * inverse) * (weight + weight_bias)`, not yet rounded; `inverse` has one value a row."""
+    return (x.float() * inverse.unsqueeze(-1)) * (weight.float() + weight_bias)
+
+
+def add_in_rank_order(xs: Sequence[Tensor]) -> Tensor:
+    """fp32 `x_0 + x_1 + ...`, one addition after the other."""
+    total = xs[0].float()
+    for x in xs[1:]:
+        total = total + x.float()
+    return total
+
+
+def rms_norm(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], *, eps: float = 1e-6, weight_bias: float = 0.0
+) -> list[Tensor]:
+    """RMSNorm over a width that is split over ranks.
+
+    xs: rank r's `[..., n]`; weights: rank r's gamma shard `[n]`. Returns rank r's `[..., n]`, in the dtype of x.
+    `y_r = round(x_r / sqrt(sum over ranks of x^2 / (n W) + eps) * (gamma_r + weight_bias))`
+    """
+    inverse = inverse_rms(add_in_rank_order([sum_of_squares(x) for x in xs]), len(xs) * xs[0].shape[-1], eps)
+    return [apply_norm(x, inverse, w, weight_bias).to(x.dtype) for x, w in zip(xs, weights, strict=True)]
+
+
+def qk_rms_norm(
+    qs: Sequence[Tensor],
+    ks: Sequence[Tensor],
+    q_weights: Sequence[Tensor],
+    k_weights: Sequence[Tensor],
+    *,
+    eps: float | tuple[float, float] = 1e-6,
+    weight_bias: float = 0.0,
+) -> list[tuple[Tensor, Tensor]]:
+    """`rms_norm` of q and of k, each over its own width. Returns rank r's `(q, k)`."""
+    q_eps, k_eps = eps if isinstance(eps, tuple) else (eps, eps)
+    q = rms_norm(qs, q_weights, eps=q_eps, weight_bias=weight_bias)
+    k = rms_norm(ks, k_weights, eps=k_eps, weight_bias=weight_bias)
+    return list(zip(q, k, strict=True))
+
+
+def all_reduce(xs: Sequence[Tensor]) -> Tensor:
+    """`round(x_0 + x_1 + ...)` in fp32 and rank order; the same on every rank. xs: `[..., H]` of each rank."""
+    return add_in_rank_order(xs).to(xs[0].dtype)
+
+
+def all_reduce_rms_norm(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_bias: float = 0.0,
+) -> NormOutput:
+    """All-reduce, residual add and RMSNorm; the same on every rank.
+
+    xs: partial sums `[..., H]` of each rank; weight `[H]`; residual `[..., H]` of any float dtype, or None.
+    With `s` the ROUNDED sum: `r = s + residual` in fp32, `residual_out = round(r)`, and the norm is taken of the
+    UNROUNDED r.
+    """
+    r = all_reduce(xs).float()
+    if residual is not None:
+        r = r + residual.float()
+    inverse = inverse_rms(sum_of_squares(r), r.shape[-1], eps)
+    norm = apply_norm(r, inverse, weight, weight_bias).to(xs[0].dtype)
+    return NormOutput(norm, None if residual is None else r.to(residual.dtype), None, None)
