@@ -34,7 +34,8 @@ TPF_DEVICE void copy_streaming(const Everything& p, u32 i) {
 }
 
 TPF_DEVICE u32 read_only(const Everything& p, u32 i) {
-  return load_readonly(p.in16 + i).w[3] + load_readonly(p.in8 + i).w[1] + load_readonly(p.in4 + i) + load_readonly(p.in2 + i);
+  return load_readonly(p.in16 + i).w[3] + load_readonly(p.in8 + i).w[1] + load_readonly(p.in4 + i) +
+         load_readonly(p.in2 + i);
 }
 
 TPF_DEVICE void exchange(const Everything& p, u32 i) {
@@ -42,7 +43,8 @@ TPF_DEVICE void exchange(const Everything& p, u32 i) {
   store_system(p.packet8 + i, u64(i) << 32 | 1);
   store_system(p.packet4 + i, 1u);
   u64 start = clock_ns();
-  while (load_system(p.packet16 + i).w[3] != 1 || u32(load_system(p.packet8 + i)) != 1 || load_system(p.packet4 + i) != 1) {
+  while (load_system(p.packet16 + i).w[3] != 1 || u32(load_system(p.packet8 + i)) != 1 ||
+         load_system(p.packet4 + i) != 1) {
     if (clock_ns() - start > 1000000) break;
     spin_pause();
   }
@@ -58,13 +60,14 @@ TPF_DEVICE Vec16 convert(const Vec16& v) {
 }
 
 TPF_DEVICE float warp_sum(float x) {
-#pragma unroll
+  TPF_UNROLL
   for (u32 mask = 16; mask > 0; mask /= 2) x = add_rn(x, shuffle_xor(x, mask));
   return x;
 }
 
 template <class T>
-TPF_KERNEL(256, 2) void every_primitive(const TPF_GRID_CONSTANT Everything p) {
+TPF_KERNEL(256, 2)
+void every_primitive(const TPF_GRID_CONSTANT Everything p) {
   TPF_SHARED(float[32], sums);
   u32 i = block_index() * block_size() + thread_index();
   u32 weight = read_only(p, i);

@@ -12,12 +12,12 @@
 //   - Memory between ranks is weak: a store to a peer waits in a pool and is delivered after a random delay, in any
 //     order. Only stores of one thread to the same bytes keep their order. System-scope stores arrive whole, plain ones
 //     in pieces of 4 bytes. Memory of the own rank is written at once.
-//   - Launches of a rank run in stream order. With `pdl`, blocks may start as soon as every block of the grid before has
-//     triggered or ended, and `dependency_wait` holds them until that grid is complete and its stores are delivered.
-//   - `clock_ns` is virtual: it advances with every step, and leaps while all threads only spin and nothing is on its way, so
-//     deadlines of seconds are reached in milliseconds, and only when nobody can move.
-//   - Every access through platform.h must lie inside one allocation and be aligned; allocations are fenced on both sides
-//     (poisoned under AddressSanitizer, canaries otherwise) and filled with 0xff (a NaN, an impossible index).
+//   - Launches of a rank run in stream order. With `pdl`, blocks may start as soon as every block of the grid before
+//     has triggered or ended, and `dependency_wait` holds them until that grid is complete and its stores delivered.
+//   - `clock_ns` is virtual: it advances with every step, and leaps while all threads only spin and nothing is on its
+//     way, so deadlines of seconds are reached in milliseconds, and only when nobody can move.
+//   - Every access through platform.h must lie inside one allocation and be aligned; allocations are fenced on
+//     both sides (poisoned under AddressSanitizer, canaries otherwise) and filled with 0xff (NaN, an impossible index).
 //
 // A driver is a main() that builds machines, launches kernels as plain calls, and checks memory:
 //
@@ -25,6 +25,9 @@
 //   float* x = m.alloc<float>(rank, n, "x");
 //   m.launch(rank, grid, block, [=] { kernel<4>(x, n); }, {.pdl = true});
 //   m.run();  // throws simt::Failure
+//
+// Plain accesses to a peer's memory (`peer[i] = x`) are not seen by the machine: kernels use platform.h for them. Two
+// things are not modelled: memory within one rank is never weak, and a spin loop without `spin_pause` gets no leaps.
 #pragma once
 
 #include <cstdint>

@@ -1,12 +1,13 @@
 // The few primitives that every tpfuse kernel is written with.
 //
-// One kernel source serves three compilers: NVRTC (NVIDIA, sm_80 and later), clang or hiprtc (AMD, gfx90a and later) and
-// the host compiler, where tests/simt runs it on a CPU. Whatever differs between them lives here, one section a
+// One kernel source serves three compilers: NVRTC (NVIDIA, sm_80 and later), clang or hiprtc (AMD, gfx90a and later)
+// and the host compiler, where tests/simt runs it on a CPU. Whatever differs between them lives here, one section a
 // platform with the same functions in the same order; everything above is plain C++17 templates. Nothing is included:
 // inline PTX, compiler builtins and bit operations are enough, so no toolkit headers are needed at run time.
 //
 // What kernels may rely on:
-//   - Blocks and grids are one-dimensional. A warp is 32 lanes everywhere; on a 64-wide AMD wavefront the two halves are
+//   - Blocks and grids are one-dimensional. A warp is 32 lanes everywhere; on a 64-wide AMD wavefront the two halves
+//   are
 //     two warps, so reduction trees, and with them results, are the same on every platform.
 //   - `load_system` and `store_system` are one naturally atomic access each, relaxed, seen by all GPUs. They order
 //     nothing else: there is no fence here on purpose, protocols carry their flag in the packet.
@@ -69,6 +70,7 @@ using Same = T;
 #define TPF_KERNEL(max_threads, min_blocks) __global__ __launch_bounds__(max_threads, min_blocks)
 #define TPF_SHARED(type, name) __shared__ ::tpfuse::Same<type> name
 #define TPF_GRID_CONSTANT __grid_constant__
+#define TPF_UNROLL _Pragma("unroll")
 
 namespace tpfuse {
 
@@ -80,8 +82,8 @@ TPF_DEVICE u32 block_size() { return blockDim.x; }
 TPF_DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
 TPF_DEVICE float float_of(u32 x) { return __uint_as_float(x); }
 
-// Plain accesses stay C++ so that the compiler may schedule them; the assumption turns generic accesses into global ones
-// also where the pointer was itself loaded from memory.
+// Plain accesses stay C++ so that the compiler may schedule them; the assumption turns generic accesses into global
+// ones also where the pointer was itself loaded from memory.
 template <class Word, class T>
 TPF_DEVICE T load_as(const T* p) {
   __builtin_assume(__isGlobal(p));
@@ -104,42 +106,47 @@ TPF_DEVICE void store_global(u16* p, u16 x) { store_as<u16>(p, x); }
 
 // One family of loads and stores by PTX opcode. `qualifier` is empty for read-only loads, which the compiler may
 // move and merge, and `volatile` with a memory clobber for all others.
-#define TPF_PTX_LOAD(name, opcode, qualifier, ...)                                              \
-  TPF_DEVICE Vec16 name(const Vec16* p) {                                                       \
-    Vec16 x;                                                                                    \
-    asm qualifier(opcode ".v4.u32 {%0, %1, %2, %3}, [%4];"                                      \
-                  : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3])                      \
-                  : "l"(p) __VA_ARGS__);                                                        \
-    return x;                                                                                   \
-  }                                                                                             \
-  TPF_DEVICE Vec8 name(const Vec8* p) {                                                         \
-    Vec8 x;                                                                                     \
-    asm qualifier(opcode ".v2.u32 {%0, %1}, [%2];" : "=r"(x.w[0]), "=r"(x.w[1]) : "l"(p) __VA_ARGS__); \
-    return x;                                                                                   \
-  }                                                                                             \
-  TPF_DEVICE u32 name(const u32* p) {                                                           \
-    u32 x;                                                                                      \
-    asm qualifier(opcode ".u32 %0, [%1];" : "=r"(x) : "l"(p) __VA_ARGS__);                      \
-    return x;                                                                                   \
-  }                                                                                             \
-  TPF_DEVICE u16 name(const u16* p) {                                                           \
-    u16 x;                                                                                      \
-    asm qualifier(opcode ".u16 %0, [%1];" : "=h"(x) : "l"(p) __VA_ARGS__);                      \
-    return x;                                                                                   \
+#define TPF_PTX_LOAD(name, opcode, qualifier, ...)                                                    \
+  TPF_DEVICE Vec16 name(const Vec16* p) {                                                             \
+    Vec16 x;                                                                                          \
+    asm qualifier(opcode ".v4.u32 {%0, %1, %2, %3}, [%4];"                                            \
+                  : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3])                            \
+                  : "l"(p)__VA_ARGS__);                                                               \
+    return x;                                                                                         \
+  }                                                                                                   \
+  TPF_DEVICE Vec8 name(const Vec8* p) {                                                               \
+    Vec8 x;                                                                                           \
+    asm qualifier(opcode ".v2.u32 {%0, %1}, [%2];" : "=r"(x.w[0]), "=r"(x.w[1]) : "l"(p)__VA_ARGS__); \
+    return x;                                                                                         \
+  }                                                                                                   \
+  TPF_DEVICE u32 name(const u32* p) {                                                                 \
+    u32 x;                                                                                            \
+    asm qualifier(opcode ".u32 %0, [%1];" : "=r"(x) : "l"(p)__VA_ARGS__);                             \
+    return x;                                                                                         \
+  }                                                                                                   \
+  TPF_DEVICE u16 name(const u16* p) {                                                                 \
+    u16 x;                                                                                            \
+    asm qualifier(opcode ".u16 %0, [%1];" : "=h"(x) : "l"(p)__VA_ARGS__);                             \
+    return x;                                                                                         \
   }
 TPF_PTX_LOAD(load_streaming, "ld.global.L1::no_allocate", volatile, : "memory")
 TPF_PTX_LOAD(load_readonly, "ld.global.nc", )
 #undef TPF_PTX_LOAD
 
 TPF_DEVICE void store_streaming(Vec16* p, const Vec16& x) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3])
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]),
+               "r"(x.w[3])
                : "memory");
 }
 TPF_DEVICE void store_streaming(Vec8* p, const Vec8& x) {
   asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(x.w[0]), "r"(x.w[1]) : "memory");
 }
-TPF_DEVICE void store_streaming(u32* p, u32 x) { asm volatile("st.global.cs.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
-TPF_DEVICE void store_streaming(u16* p, u16 x) { asm volatile("st.global.cs.u16 [%0], %1;" ::"l"(p), "h"(x) : "memory"); }
+TPF_DEVICE void store_streaming(u32* p, u32 x) {
+  asm volatile("st.global.cs.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+TPF_DEVICE void store_streaming(u16* p, u16 x) {
+  asm volatile("st.global.cs.u16 [%0], %1;" ::"l"(p), "h"(x) : "memory");
+}
 
 TPF_DEVICE u32 load_system(const u32* p) {
   u32 x;
@@ -151,7 +158,9 @@ TPF_DEVICE u64 load_system(const u64* p) {
   asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
   return x;
 }
-// PTX promises a vector access only element by element, though the hardware makes it one; .b128 is one access by contract.
+// PTX promises a vector access only element by element, and ptxas uses that: with `ld.relaxed.sys.v4.u32` a packet of
+// which only words 0 and 3 are looked at became two 4-byte loads (NVRTC 13.4, sm_80 to sm_100a), which can tear. A
+// .b128 is one scalar, one access by contract; it stays LDG.E.128, or one narrower load where a single word is used.
 TPF_DEVICE Vec16 load_system(const Vec16* p) {
   u64 low, high;
   asm volatile("{ .reg .b128 t; ld.relaxed.sys.global.b128 t, [%2]; mov.b128 {%0, %1}, t; }"
@@ -168,7 +177,8 @@ TPF_DEVICE void store_system(u64* p, u64 x) {
 }
 TPF_DEVICE void store_system(Vec16* p, const Vec16& x) {
   u64 low = u64(x.w[1]) << 32 | x.w[0], high = u64(x.w[3]) << 32 | x.w[2];
-  asm volatile("{ .reg .b128 t; mov.b128 t, {%1, %2}; st.relaxed.sys.global.b128 [%0], t; }" ::"l"(p), "l"(low), "l"(high)
+  asm volatile("{ .reg .b128 t; mov.b128 t, {%1, %2}; st.relaxed.sys.global.b128 [%0], t; }" ::"l"(p), "l"(low),
+               "l"(high)
                : "memory");
 }
 
@@ -180,7 +190,9 @@ TPF_DEVICE void sync_warp() { __syncwarp(); }
 
 TPF_DEVICE void barrier() { __syncthreads(); }
 // Named barrier: `id` 1 to 15, `threads` a multiple of 32; exactly that many threads must arrive.
-TPF_DEVICE void barrier(u32 id, u32 threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+TPF_DEVICE void barrier(u32 id, u32 threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // Programmatic dependent launch exists from sm_90 on; below, grids are serial and both are nothing.
 TPF_DEVICE void dependency_wait() {
@@ -264,11 +276,13 @@ TPF_DEVICE u32 pack2(f16, float low, float high) {
 // CUDA counts resident blocks, AMD waves per execution unit (4 a compute unit, at most 8 waves each).
 #define TPF_WAVES(max_threads, min_blocks) ((((max_threads) + 63) / 64 * (min_blocks) + 3) / 4)
 #define TPF_DEVICE __attribute__((device, always_inline)) inline
-#define TPF_KERNEL(max_threads, min_blocks)                                                              \
-  __attribute__((global, amdgpu_flat_work_group_size(1, max_threads),                                    \
-                 amdgpu_waves_per_eu(TPF_WAVES(max_threads, min_blocks) > 8 ? 8 : TPF_WAVES(max_threads, min_blocks))))
+#define TPF_KERNEL(max_threads, min_blocks)                \
+  __attribute__((                                          \
+      global, amdgpu_flat_work_group_size(1, max_threads), \
+      amdgpu_waves_per_eu(TPF_WAVES(max_threads, min_blocks) > 8 ? 8 : TPF_WAVES(max_threads, min_blocks))))
 #define TPF_SHARED(type, name) static __attribute__((shared)) ::tpfuse::Same<type> name
 #define TPF_GRID_CONSTANT
+#define TPF_UNROLL _Pragma("unroll")
 
 namespace tpfuse {
 
@@ -366,7 +380,10 @@ TPF_DEVICE void store_system(u64* p, u64 x) {
 // slot before its data registers are written again.
 TPF_DEVICE Vec16 load_system(const Vec16* p) {
   detail::native<Vec16> x;
-  asm volatile("global_load_dwordx4 %0, %1, off " TPF_SYSTEM_BITS "\n\ts_waitcnt vmcnt(0)" : "=v"(x) : "v"(p) : "memory");
+  asm volatile("global_load_dwordx4 %0, %1, off " TPF_SYSTEM_BITS "\n\ts_waitcnt vmcnt(0)"
+               : "=v"(x)
+               : "v"(p)
+               : "memory");
   return __builtin_bit_cast(Vec16, x);
 }
 TPF_DEVICE void store_system(Vec16* p, const Vec16& x) {
@@ -438,6 +455,7 @@ TPF_DEVICE f16 round_to(f16, float x) { return f16{__builtin_bit_cast(u16, _Floa
 // Keyed by the type of the lambda: one for each declaration and template instance, as a static variable would be.
 #define TPF_SHARED(type, name) auto& name = ::tpfuse::host::shared<::tpfuse::Same<type>>([] {})
 #define TPF_GRID_CONSTANT
+#define TPF_UNROLL
 
 namespace tpfuse {
 
@@ -459,19 +477,18 @@ u32 block_size();
 void load(void* to, const void* from, u32 bytes, Scope, Site);
 void store(void* to, const void* from, u32 bytes, Scope, Site);
 u32 meet(Meeting, u32 value, u32 source_lane, Site);
-u32 living_lanes();
 void barrier(Site);
 void barrier(u32 id, u32 threads, Site);
 void dependency_wait(Site);
 void dependency_trigger();
 u64 clock_ns();
 void spin_pause(Site);
-void* shared(const void* key, u64 bytes, u64 alignment);
+void* shared(const void* key, u64 bytes);
 
 template <class T, class Declaration>
 T& shared(Declaration) {
   static const char key = 0;
-  return *static_cast<T*>(shared(&key, sizeof(T), alignof(T)));
+  return *static_cast<T*>(shared(&key, sizeof(T)));
 }
 template <class T>
 T load(const T* p, Scope scope, Site site) {
@@ -614,7 +631,7 @@ TPF_DEVICE T from_float(float x) {
 // Eight 16-bit numbers, T = bf16 or f16, the first in the low half of w[0].
 template <class T>
 TPF_DEVICE void unpack8(const Vec16& v, float (&x)[8]) {
-#pragma unroll
+  TPF_UNROLL
   for (int i = 0; i < 4; ++i) {
     x[2 * i] = to_float(T{u16(v.w[i])});
     x[2 * i + 1] = to_float(T{u16(v.w[i] >> 16)});
@@ -623,7 +640,7 @@ TPF_DEVICE void unpack8(const Vec16& v, float (&x)[8]) {
 template <class T>
 TPF_DEVICE Vec16 pack8(const float (&x)[8]) {
   Vec16 v;
-#pragma unroll
+  TPF_UNROLL
   for (int i = 0; i < 4; ++i) v.w[i] = pack2(T{}, x[2 * i], x[2 * i + 1]);
   return v;
 }

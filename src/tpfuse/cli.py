@@ -1,0 +1,185 @@
+"""The command line: `tpfuse info`, `tpfuse check`, `tpfuse bench ops`. It starts its own ranks, or runs as one of them
+under torchrun. Bad input is one line on stderr and exit code 2; a failed check is exit code 1.
+
+Modules that import torch are imported inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tpfuse import __version__
+from tpfuse.errors import InvalidArgument, TpfuseError
+
+if TYPE_CHECKING:
+    from tpfuse.launch import Progress as OnProgress
+
+_UsageError: Any = typer.BadParameter.__bases__[0]  # typer brings click along under another name from 0.26 on
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+bench = typer.Typer()
+app.add_typer(bench, name="bench")
+
+World = Annotated[int | None, typer.Option(help="Ranks to start.", show_default="one a GPU, or 2 on a CPU")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is a GPU")]
+Mode = Annotated[str, typer.Option(help="fused, control (separate all-reduce and norm) or off (whole rows gathered).")]
+Backend = Annotated[str, typer.Option(help="auto or collective.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tpfuse {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _tpfuse(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Tensor-parallel communication fused with the normalisation beside it.
+
+    Start with `tpfuse info` (what this machine can do), then `tpfuse check` (does it compute the right thing here)
+    and `tpfuse bench ops` (how fast, against what).
+    """
+    _help_alone(context)
+
+
+@app.command()
+def info(json: Annotated[bool, typer.Option("--json", help="Print JSON, e.g. for a bug report.")] = False) -> None:
+    """Show GPUs, links, and what each backend can do here and why not."""
+    from json import dumps
+
+    from tpfuse.info import collect, show
+
+    found = collect()
+    if json:
+        print(dumps(found.as_dict(), indent=2))
+    else:
+        show(Console(), found)
+
+
+@app.command()
+def check(world: World = None, device: Device = None, backend: Backend = "auto", mode: Mode = "fused") -> None:
+    """Run every op against the reference, over dtypes, widths, row counts and awkward values."""
+    from tpfuse import check as checks
+    from tpfuse.launch import resolve_world, run_ranks, under_torchrun
+
+    device = _device(device)
+    world = resolve_world(world, device)
+    with _progress("check") as progress:
+        results = run_ranks(checks.job, mode, backend, world=world, device_type=device, progress=progress)
+    if not _speaks():
+        raise typer.Exit
+    title = f"{world} {device} ranks: requested {mode}, effective {results[0][1]}"
+    outcomes = checks.merge([outcomes for outcomes, _ in results])
+    if under_torchrun():
+        title += "; rank 0 only"
+    if not checks.show(Console(), outcomes, title):
+        raise typer.Exit(1)
+
+
+@bench.callback(invoke_without_command=True)
+def _bench(context: typer.Context) -> None:
+    """Measure, with baselines beside it."""
+    _help_alone(context)
+
+
+@bench.command("ops")
+def bench_ops(
+    preset: Annotated[str, typer.Option(help="Whose shapes: minimax-m2, minimax-m3 or nemotron-h.")] = "minimax-m2",
+    world: World = None,
+    device: Device = None,
+    mode: Mode = "fused",
+    tokens: Annotated[
+        str | None, typer.Option(help="Row counts, e.g. 1,8,64.", show_default="1 to 16384, or to 256 on a CPU")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="Baseline to run; may be given several times.", show_default="all")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file, a JSON line each.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot (PNG) to this file.")] = None,
+) -> None:
+    """Time every op of a model's shapes against baselines."""
+    from tpfuse.bench import ops
+
+    device = _device(device)
+    for path in (json, plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InvalidArgument(f"{path}: the folder {path.absolute().parent} does not exist.")
+    with _progress(f"bench {preset}") as progress:
+        records = ops.run(
+            preset,
+            world=world,
+            device_type=device,
+            mode=mode,
+            tokens=None if tokens is None else ops.parse_tokens(tokens),
+            baselines=baseline,
+            progress=progress,
+        )
+    if _speaks():
+        ops.finish(Console(), records, json, plot)
+
+
+def _help_alone(context: typer.Context) -> None:
+    """A command group called without a command shows its help."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _device(device: str | None) -> str:
+    from tpfuse.launch import default_device
+
+    if device not in (None, "cpu", "cuda"):
+        raise InvalidArgument(f"--device {device}: supported: cpu, cuda.")
+    return device or default_device()
+
+
+def _speaks() -> bool:
+    """Under torchrun only rank 0 prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[OnProgress]:
+    """A progress bar on stderr while the ranks work; nothing where stderr is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title, total=None)
+
+        def update(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"{title}: {what}")
+
+        yield update
+
+
+def main() -> None:
+    """Entry point. Turns errors into one line and an exit code."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except _UsageError as error:
+        _stop(f"{error.format_message()} See `tpfuse --help`.")
+    except TpfuseError as error:
+        _stop(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+
+
+def _stop(message: str) -> None:
+    print(f"tpfuse: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""`tpfuse info`: what this machine has, how its GPUs are linked, and what each backend can do here and why not."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from tpfuse import __version__
+
+
+@dataclass(frozen=True)
+class Gpu:
+    index: int
+    name: str
+    memory_gib: float
+    capability: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """How two GPUs reach each other: `kind` as nvidia-smi says it (NV18, PIX, SYS, ...), empty if it can't be asked."""
+
+    a: int
+    b: int
+    p2p: bool
+    kind: str
+
+
+@dataclass(frozen=True)
+class BackendState:
+    name: str
+    available: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Info:
+    versions: dict[str, str]
+    cpu: str
+    gpus: tuple[Gpu, ...]
+    links: tuple[Link, ...]
+    backends: tuple[BackendState, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def collect() -> Info:
+    gpus = tuple(_gpu(i) for i in range(torch.cuda.device_count()))
+    return Info(_versions(), cpu_name(), gpus, _links(len(gpus)), _backends())
+
+
+def _gpu(index: int) -> Gpu:
+    p = torch.cuda.get_device_properties(index)
+    return Gpu(index, p.name, round(p.total_memory / 2**30, 1), f"{p.major}.{p.minor}")
+
+
+def cpu_name() -> str:
+    """The processor's model name, as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"tpfuse": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+        if dist.is_nccl_available():
+            versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    driver = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    if driver:
+        versions["driver"] = driver.splitlines()[0].strip()
+    return versions
+
+
+def _links(count: int) -> tuple[Link, ...]:
+    kinds = topology(_nvidia_smi("topo", "-m"))
+    return tuple(
+        Link(a, b, torch.cuda.can_device_access_peer(a, b), kinds.get((a, b), ""))
+        for a in range(count)
+        for b in range(a + 1, count)
+    )
+
+
+def topology(matrix: str) -> dict[tuple[int, int], str]:
+    """The cells of nvidia-smi's topology matrix: (0, 1) -> "NV18"."""
+    rows = [line.split() for line in matrix.splitlines() if line.startswith("GPU")]
+    return {
+        (int(row[0][3:]), column): cell
+        for row in rows
+        for column, cell in enumerate(row[1 : len(rows) + 1])
+        if cell != "X"
+    }
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """What nvidia-smi prints, or nothing where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _backends() -> tuple[BackendState, ...]:
+    transports = [name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", _nccl())) if there]
+    detail = f"through {' and '.join(transports)}: all ops, any number of ranks, across nodes"
+    return (BackendState("collective", bool(transports), detail),)
+
+
+def _nccl() -> bool:
+    return dist.is_nccl_available() and torch.cuda.is_available()
+
+
+def show(console: Console, info: Info) -> None:
+    console.print("  ".join(f"[bold]{name}[/] {version}" for name, version in info.versions.items()))
+    console.print(f"[bold]cpu[/] {info.cpu}")
+    if info.gpus:
+        table = Table("gpu", "name", "memory", "compute capability")
+        for g in info.gpus:
+            table.add_row(str(g.index), g.name, f"{g.memory_gib:g} GiB", g.capability)
+        console.print(table)
+    else:
+        console.print("[bold]gpus[/] none that torch can use; everything runs on the CPU through gloo")
+    if info.links:
+        table = Table("link", "kind", "peer to peer", title="links")
+        for link in info.links:
+            table.add_row(f"{link.a} - {link.b}", link.kind or "unknown", "yes" if link.p2p else "no")
+        console.print(table)
+    table = Table("backend", "here", "what it can do, or why not", title="backends")
+    for b in info.backends:
+        table.add_row(b.name, "[green]yes[/]" if b.available else "[red]no[/]", b.detail)
+    console.print(table)

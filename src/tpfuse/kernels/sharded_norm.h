@@ -1,0 +1,562 @@
+// RMSNorm of rows whose width is split over W ranks: one tensor (rms_norm) or two at once (qk_rms_norm).
+//
+// The only thing that crosses the links is each row's sum of squares: one float a tensor, a row and a rank. The rest is
+// one read and one write of the rows, so few rows are bound by the exchange (about 1.9 us between H200s) and many rows
+// by memory. Two kernels, bit for bit the same results:
+//
+//   norm_by_warp   few rows. A block has one row at a time, a warp one group of 256 elements of it. Each warp sends its
+//                  own group's sum and polls for all groups of its tensor: no block barrier, no shared memory.
+//   norm_by_block  many rows. A block has kRows rows at a time; warp 0 sends one packet a row and rank, polls for all,
+//                  and the other warps meanwhile have the next rows' loads in flight. With kAhead = 1 the sums of the
+//                  next step are sent before those of this step are awaited, which hides the exchange and the skew
+//                  between ranks behind a whole step.
+//
+// Protocol (docs/protocol.md proves it)
+//   A packet carries its flag: {sum, step} in one 8-byte store, {sum, sum, step, 0} in one 16-byte store, each naturally
+//   atomic. The reader spins until the step is the one it waits for. Nothing is ever cleared.
+//   Steps come from a counter in device memory that only this block uses, so replays of a CUDA graph go on counting.
+//   Slots lie at a stride fixed by kMaxBlocks and kMaxRows, never by the grid: a call of another size must not find
+//   another block's old packet with the step that it is waiting for.
+//   Ring: a rank pushes step j only after it has consumed step j - 1 - kAhead of every peer, and a peer's packet of step
+//   j proves that the peer has consumed step j - 1 - kAhead; so 2 kAhead + 2 slots never lose a packet.
+//   A block waits only for the block of the same index on other ranks, and blocks start by index: no grid has to fit the
+//   GPU at once.
+//   Every spin is bounded by the device clock. A block that gives up writes the error record and leaves.
+//
+// Order under programmatic dependent launch: gamma is a weight and is loaded before the wait; activations and the
+// counters only after it. The trigger comes at once after the wait: the next grid waits for the end of this one itself.
+//
+// Sums follow tpfuse.reference.sum_of_squares: 8 elements in a lane, 32 lanes, groups of 256; each level is folded by
+// halves. Padding with zeros to a larger power of two does not change a bit, so both kernels fold a fixed number of
+// groups. Ranks are added in rank order.
+#pragma once
+#include "platform.h"
+
+namespace tpfuse {
+
+constexpr u32 kMaxWorld = 8;
+constexpr u32 kLaneElements = 8;
+constexpr u32 kGroupElements = kLaneElements * kWarp;
+
+// Host and device share these through tpfuse.backends.cuda.sharded_norm, which reads them out of this file.
+constexpr u32 kWarpBlocks = 1024;   // most blocks of norm_by_warp
+constexpr u32 kWarpGroups = 8;      // most groups of a tensor in norm_by_warp
+constexpr u32 kWarpRing = 2;
+constexpr u32 kWarpCounters = 16;   // copies of a block's counter, one a warp
+constexpr u32 kBlockBlocks = 1056;  // most blocks of norm_by_block
+constexpr u32 kBlockRows = 4;       // most rows of a step
+constexpr u32 kBlockRing = 4;
+constexpr u32 kBlockGroups = 128;   // most groups of both tensors in norm_by_block
+
+struct ErrorRecord {
+  u32 set, op, rank, peer, block, step;
+  u64 waited_ns;
+};
+
+// Passed by value; the host packs the same bytes. Index 0 is q (or the only tensor), 1 is k.
+struct NormArgs {
+  u64 x[2];      // rows, T
+  u64 y[2];      // rows, T; may be x
+  u64 gamma[2];  // fp32, bf16 or fp16 as gamma_type says
+  i64 x_stride[2], y_stride[2];  // elements
+  u64 workspace[kMaxWorld];      // of every rank
+  u64 error;                     // ErrorRecord of this rank
+  u64 timeout_ns;
+  u32 rows, rank, op;
+  u32 width[2];        // this rank's
+  u32 gamma_type[2];   // 0 fp32, 1 bf16, 2 fp16
+  float eps[2];
+  float reciprocal[2];  // 1 / (width * W)
+  float bias;           // added to gamma
+};
+
+// Where things lie in a rank's workspace.
+struct NormSlots {
+  static constexpr u64 warp_counters = 0;
+  static constexpr u64 block_counters = warp_counters + u64(kWarpBlocks) * kWarpCounters * 4;
+  static constexpr u64 warp_slots = (block_counters + u64(kBlockBlocks) * 4 + 127) / 128 * 128;
+  static constexpr u64 block_slots = warp_slots + u64(kWarpBlocks) * kWarpRing * kMaxWorld * 2 * kWarpGroups * 8;
+  static constexpr u64 bytes = block_slots + u64(kBlockBlocks) * kBlockRing * kMaxWorld * kBlockRows * 16;
+};
+
+// Eight elements of a row, as they lie in memory.
+template <class T>
+struct Lane {
+  Vec16 v[sizeof(T) / 2];
+};
+
+template <class T>
+TPF_DEVICE void widen(const Lane<T>& lane, float (&x)[8]) {
+  unpack8<T>(lane.v[0], x);
+}
+TPF_DEVICE void widen(const Lane<float>& lane, float (&x)[8]) {
+  TPF_UNROLL
+  for (int i = 0; i < 8; ++i) x[i] = float_of(lane.v[i / 4].w[i % 4]);
+}
+template <class T>
+TPF_DEVICE Lane<T> narrow(const float (&x)[8]) {
+  Lane<T> lane;
+  if constexpr (sizeof(T) == 2) {
+    lane.v[0] = pack8<T>(x);
+  } else {
+    TPF_UNROLL
+    for (int i = 0; i < 8; ++i) lane.v[i / 4].w[i % 4] = bits_of(x[i]);
+  }
+  return lane;
+}
+
+template <class T>
+struct Bits;  // the integer that a single element is loaded as
+template <>
+struct Bits<bf16> {
+  using type = u16;
+};
+template <>
+struct Bits<f16> {
+  using type = u16;
+};
+template <>
+struct Bits<float> {
+  using type = u32;
+};
+
+// Elements [at, at + 8) of a row of `width`; zeros beyond its end. kAligned: rows and width are whole 16-byte vectors.
+template <class T, bool kAligned>
+TPF_DEVICE Lane<T> load_lane(const T* row, u32 at, u32 width) {
+  Lane<T> lane = {};
+  if constexpr (kAligned) {
+    if (at < width) {
+      TPF_UNROLL
+      for (u32 i = 0; i < sizeof(T) / 2; ++i) lane.v[i] = load_global(reinterpret_cast<const Vec16*>(row + at) + i);
+    }
+  } else {
+    using Word = typename Bits<T>::type;
+    TPF_UNROLL
+    for (u32 i = 0; i < 8; ++i) {
+      u32 bits = at + i < width ? load_global(reinterpret_cast<const Word*>(row + at) + i) : Word(0);
+      lane.v[i * sizeof(T) / 16].w[i * sizeof(T) / 4 % 4] |= bits << (sizeof(T) == 2 ? i % 2 * 16 : 0);
+    }
+  }
+  return lane;
+}
+
+template <class T, bool kAligned>
+TPF_DEVICE void store_lane(T* row, u32 at, u32 width, const Lane<T>& lane) {
+  if constexpr (kAligned) {
+    if (at < width) {
+      TPF_UNROLL
+      for (u32 i = 0; i < sizeof(T) / 2; ++i) store_global(reinterpret_cast<Vec16*>(row + at) + i, lane.v[i]);
+    }
+  } else {
+    using Word = typename Bits<T>::type;
+    TPF_UNROLL
+    for (u32 i = 0; i < 8; ++i) {
+      u32 bits = lane.v[i * sizeof(T) / 16].w[i * sizeof(T) / 4 % 4] >> (sizeof(T) == 2 ? i % 2 * 16 : 0);
+      if (at + i < width) store_global(reinterpret_cast<Word*>(row + at) + i, Word(bits));
+    }
+  }
+}
+
+// gamma + bias in fp32. gamma is a weight: nobody writes it while the kernel runs.
+template <class G>
+TPF_DEVICE void widen_gamma(u64 gamma, u32 at, u32 width, float bias, float (&g)[8]) {
+  using Word = typename Bits<G>::type;
+  const Word* p = reinterpret_cast<const Word*>(gamma) + at;
+  TPF_UNROLL
+  for (u32 i = 0; i < 8; ++i) {
+    Word bits = at + i < width ? load_readonly(p + i) : Word(0);
+    g[i] = add_rn(to_float(__builtin_bit_cast(G, bits)), bias);
+  }
+}
+TPF_DEVICE void load_gamma(const NormArgs& a, u32 t, u32 at, float (&g)[8]) {
+  switch (a.gamma_type[t]) {
+    case 0: widen_gamma<float>(a.gamma[t], at, a.width[t], a.bias, g); break;
+    case 1: widen_gamma<bf16>(a.gamma[t], at, a.width[t], a.bias, g); break;
+    default: widen_gamma<f16>(a.gamma[t], at, a.width[t], a.bias, g); break;
+  }
+}
+
+template <class T>
+TPF_DEVICE float lane_square(const Lane<T>& lane) {
+  float x[8];
+  widen(lane, x);
+  TPF_UNROLL
+  for (int i = 0; i < 8; ++i) x[i] = mul_rn(x[i], x[i]);
+  TPF_UNROLL
+  for (int half = 4; half > 0; half /= 2) {
+    TPF_UNROLL
+    for (int i = 0; i < half; ++i) x[i] = add_rn(x[i], x[i + half]);
+  }
+  return x[0];
+}
+
+TPF_DEVICE float inverse_rms(float total, float reciprocal, float eps) {
+  return div_rn(1.0f, sqrt_rn(add_rn(mul_rn(total, reciprocal), eps)));
+}
+
+template <class T>
+TPF_DEVICE Lane<T> normed(const Lane<T>& lane, float inverse, const float (&gamma)[8]) {
+  float x[8];
+  widen(lane, x);
+  TPF_UNROLL
+  for (int i = 0; i < 8; ++i) x[i] = mul_rn(mul_rn(x[i], inverse), gamma[i]);
+  return narrow<T>(x);
+}
+
+TPF_DEVICE u32 group_count(u32 width) { return (width + kGroupElements - 1) / kGroupElements; }
+
+// Peer `r`'s workspace. A chain of selects over compile-time indices: indexing the array by r would copy it to local
+// memory, which costs 0.3 us a call.
+template <u32 W>
+TPF_DEVICE u64 workspace_of(const NormArgs& a, u32 r) {
+  u64 base = a.workspace[0];
+  TPF_UNROLL
+  for (u32 i = 1; i < W; ++i) base = r == i ? a.workspace[i] : base;
+  return base;
+}
+
+// Bounds a spin. The clock is read once in 64 turns: it costs more than a poll.
+class Patience {
+ public:
+  TPF_DEVICE bool over(u64 timeout_ns) {
+    spin_pause();
+    if (++turns_ % 64 != 0) return false;
+    u64 now = clock_ns();
+    if (start_ == 0) start_ = now;
+    return now - start_ > timeout_ns;
+  }
+  TPF_DEVICE u64 waited_ns() const { return start_ == 0 ? 0 : clock_ns() - start_; }
+
+ private:
+  u32 turns_ = 0;
+  u64 start_ = 0;
+};
+
+// The first to give up leaves the record; which of several it is does not matter.
+TPF_DEVICE void report(const NormArgs& a, u32 peer, u32 step, u64 waited_ns) {
+  u32* record = reinterpret_cast<u32*>(a.error);
+  if (load_system(record) != 0) return;
+  u32 words[5] = {a.op, a.rank, peer, block_index(), step};
+  for (u32 i = 0; i < 5; ++i) store_system(record + 1 + i, words[i]);
+  store_system(reinterpret_cast<u64*>(record + 6), waited_ns);
+  store_system(record, 1u);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Few rows.
+
+template <u32 W>
+TPF_DEVICE u64 warp_slot(u64 workspace, u32 step, u32 source, u32 tensor, u32 group) {
+  u64 index = (u64(block_index()) * kWarpRing + step % kWarpRing) * kMaxWorld + source;
+  return workspace + NormSlots::warp_slots + ((index * 2 + tensor) * kWarpGroups + group) * 8;
+}
+
+// The total over all ranks from their groups' packets; lane i waits for group i % 8 of rank i / 8, and of rank
+// i / 8 + 4 where there are more than 4. False: somebody did not come.
+template <u32 W>
+TPF_DEVICE bool receive_groups(const NormArgs& a, u32 step, u32 tensor, u32 groups, float& total) {
+  constexpr u32 kPolls = (W * kWarpGroups + kWarp - 1) / kWarp;
+  constexpr u32 kRanksPerPoll = kWarp / kWarpGroups;
+  u32 group = lane() % kWarpGroups;
+  float sums[kPolls];
+  const u64* slot[kPolls];
+  bool waits[kPolls];
+  TPF_UNROLL
+  for (u32 k = 0; k < kPolls; ++k) {
+    u32 source = lane() / kWarpGroups + k * kRanksPerPoll;
+    waits[k] = group < groups && source < W;
+    sums[k] = 0;
+    slot[k] = reinterpret_cast<const u64*>(
+        warp_slot<W>(workspace_of<W>(a, a.rank), step, waits[k] ? source : 0, tensor, waits[k] ? group : 0));
+  }
+  Patience patience;
+  bool done;
+  do {
+    done = true;
+    TPF_UNROLL
+    for (u32 k = 0; k < kPolls; ++k) {
+      if (waits[k]) {
+        u64 packet = load_system(slot[k]);
+        sums[k] = float_of(u32(packet));
+        waits[k] = u32(packet >> 32) != step;
+        done = done && !waits[k];
+      }
+    }
+    if (!done && patience.over(a.timeout_ns)) {
+      TPF_UNROLL
+      for (u32 k = 0; k < kPolls; ++k) {
+        if (waits[k]) report(a, lane() / kWarpGroups + k * kRanksPerPoll, step, patience.waited_ns());
+      }
+      break;
+    }
+  } while (!done);
+  if (!all(done)) return false;
+  TPF_UNROLL
+  for (u32 k = 0; k < kPolls; ++k) {
+    TPF_UNROLL
+    for (u32 mask = kWarpGroups / 2; mask > 0; mask /= 2) sums[k] = add_rn(sums[k], shuffle_xor(sums[k], mask));
+  }
+  total = shuffle(sums[0], 0);
+  TPF_UNROLL
+  for (u32 r = 1; r < W; ++r) total = add_rn(total, shuffle(sums[r / kRanksPerPoll], r % kRanksPerPoll * kWarpGroups));
+  return true;
+}
+
+// Block: 32 threads for each group of both tensors. Grid: at most kWarpBlocks.
+template <class T, u32 kTensors, u32 W, bool kAligned>
+TPF_KERNEL(512, 1)
+void norm_by_warp(const TPF_GRID_CONSTANT NormArgs a) {
+  u32 groups0 = group_count(a.width[0]);
+  u32 t = kTensors == 2 && warp_index() >= groups0 ? 1 : 0;
+  u32 group = t == 0 ? warp_index() : warp_index() - groups0;
+  u32 width = t == 0 ? a.width[0] : a.width[1];
+  u32 groups = group_count(width);
+  u32 at = group * kGroupElements + lane() * kLaneElements;
+  float gamma[8];
+  load_gamma(a, t, at, gamma);
+
+  dependency_wait();
+  dependency_trigger();
+  // Every warp reads its own copy of the counter and all copies are kept equal, so no warp waits for another here.
+  u32* counters = reinterpret_cast<u32*>(workspace_of<W>(a, a.rank) + NormSlots::warp_counters);
+  counters += block_index() * kWarpCounters;
+  u32 step = load_global(counters + warp_index());
+  const T* x = reinterpret_cast<const T*>(t == 0 ? a.x[0] : a.x[1]);
+  T* y = reinterpret_cast<T*>(t == 0 ? a.y[0] : a.y[1]);
+  i64 x_stride = t == 0 ? a.x_stride[0] : a.x_stride[1], y_stride = t == 0 ? a.y_stride[0] : a.y_stride[1];
+
+  for (u32 row = block_index(); row < a.rows; row += grid_size()) {
+    Lane<T> own = load_lane<T, kAligned>(x + row * x_stride, at, width);
+    float sum = lane_square(own);
+    TPF_UNROLL
+    for (u32 mask = kWarp / 2; mask > 0; mask /= 2) sum = add_rn(sum, shuffle_xor(sum, mask));
+    ++step;
+    if (lane() < W)
+      store_system(reinterpret_cast<u64*>(warp_slot<W>(workspace_of<W>(a, lane()), step, a.rank, t, group)),
+                   u64(step) << 32 | bits_of(sum));
+    float total;
+    if (!receive_groups<W>(a, step, t, groups, total)) return;
+    float inverse = inverse_rms(total, t == 0 ? a.reciprocal[0] : a.reciprocal[1], t == 0 ? a.eps[0] : a.eps[1]);
+    store_lane<T, kAligned>(y + row * y_stride, at, width, normed(own, inverse, gamma));
+  }
+  u32 warps = block_size() / kWarp;
+  if (lane() < kWarpCounters && lane() % warps == warp_index()) store_global(counters + lane(), step);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Many rows.
+
+TPF_DEVICE u64 block_slot(u64 workspace, u32 step, u32 source, u32 row) {
+  u64 index = (u64(block_index()) * kBlockRing + step % kBlockRing) * kMaxWorld + source;
+  return workspace + NormSlots::block_slots + (index * kBlockRows + row) * 16;
+}
+
+// Sums kRows values over the 32 lanes, each by the fold of one value, in fewer shuffles: while several rows are left,
+// the two halves of the lanes exchange so that each goes on with half of the rows. Lane l ends with row
+// l / (32 / kRows).
+template <u32 kRows>
+TPF_DEVICE float fold_lanes(const float (&sums)[kRows]) {
+  float x[kRows];
+  TPF_UNROLL
+  for (u32 r = 0; r < kRows; ++r) x[r] = sums[r];
+  u32 mask = kWarp / 2;
+  TPF_UNROLL
+  for (u32 left = kRows; left > 1; left /= 2) {
+    bool upper = lane() & mask;
+    TPF_UNROLL
+    for (u32 r = 0; r < left / 2; ++r) {
+      float keep = upper ? x[r + left / 2] : x[r], give = upper ? x[r] : x[r + left / 2];
+      x[r] = add_rn(keep, shuffle_xor(give, mask));
+    }
+    mask /= 2;
+  }
+  TPF_UNROLL
+  for (u32 m = kWarp / 2 / kRows; m > 0; m /= 2) x[0] = add_rn(x[0], shuffle_xor(x[0], m));
+  return x[0];
+}
+
+// The fold of `count` groups' sums by `kLanes` neighbouring lanes, of which this is number `s`.
+template <u32 kLanes>
+TPF_DEVICE float fold_groups(const float* sums, u32 count, u32 s) {
+  constexpr u32 kEach = kBlockGroups / kLanes;
+  float x = s < count ? sums[s] : 0.0f;
+  if (count > kLanes) {
+    float part[kEach];
+    TPF_UNROLL
+    for (u32 i = 0; i < kEach; ++i) part[i] = s + i * kLanes < count ? sums[s + i * kLanes] : 0.0f;
+    TPF_UNROLL
+    for (u32 half = kEach / 2; half > 0; half /= 2) {
+      TPF_UNROLL
+      for (u32 i = 0; i < half; ++i) part[i] = add_rn(part[i], part[i + half]);
+    }
+    x = part[0];
+  }
+  TPF_UNROLL
+  for (u32 mask = kLanes / 2; mask > 0; mask /= 2) x = add_rn(x, shuffle_xor(x, mask));
+  return x;
+}
+
+// One block's work on a step of kRows rows. kVectors: groups that one warp holds of a row.
+template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kAligned>
+struct BlockStep {
+  static constexpr u32 kLanes = kWarp / kRows;  // lanes of warp 0 that look after one row
+  static_assert(kLanes >= W && kRows <= kBlockRows, "a row needs a lane for every rank");
+  struct Sums {
+    float of[kRows][kBlockGroups];
+  };
+  struct Inverses {
+    float of[kRows][kTensors];
+  };
+  using Rows = Lane<T>[kRows][kVectors];
+
+  const NormArgs& a;
+  u32 groups0, groups1;
+
+  TPF_DEVICE BlockStep(const NormArgs& args)
+      : a(args), groups0(group_count(args.width[0])), groups1(kTensors == 2 ? group_count(args.width[1]) : 0) {}
+
+  TPF_DEVICE u32 group(u32 v) const { return warp_index() + v * (block_size() / kWarp); }
+  TPF_DEVICE u32 tensor(u32 v) const { return kTensors == 2 && group(v) >= groups0 ? 1 : 0; }
+  TPF_DEVICE u32 at(u32 v) const {
+    return (tensor(v) == 0 ? group(v) : group(v) - groups0) * kGroupElements + lane() * kLaneElements;
+  }
+  TPF_DEVICE u32 first_row(u32 i) const { return (i * grid_size() + block_index()) * kRows; }
+
+  TPF_DEVICE void load(u32 i, Rows& rows) const {
+    TPF_UNROLL
+    for (u32 r = 0; r < kRows; ++r) {
+      u32 row = first_row(i) + r;
+      TPF_UNROLL
+      for (u32 v = 0; v < kVectors; ++v) {
+        bool k = tensor(v) == 1;
+        const T* x = reinterpret_cast<const T*>(k ? a.x[1] : a.x[0]) + row * (k ? a.x_stride[1] : a.x_stride[0]);
+        // A row past the end has no width: nothing is loaded.
+        rows[r][v] = load_lane<T, kAligned>(x, at(v), row < a.rows ? (k ? a.width[1] : a.width[0]) : 0);
+      }
+    }
+  }
+
+  // Each warp leaves its groups' sums in shared memory.
+  TPF_DEVICE void reduce(const Rows& rows, Sums& sums) const {
+    TPF_UNROLL
+    for (u32 v = 0; v < kVectors; ++v) {
+      float square[kRows];
+      TPF_UNROLL
+      for (u32 r = 0; r < kRows; ++r) square[r] = lane_square(rows[r][v]);
+      float sum = fold_lanes<kRows>(square);
+      if (lane() % kLanes == 0 && group(v) < groups0 + groups1) sums.of[lane() / kLanes][group(v)] = sum;
+    }
+  }
+
+  // Warp 0: the packet of each row to each rank, the own one included.
+  TPF_DEVICE void send(u32 i, u32 step, const Sums& sums) const {
+    u32 r = lane() / kLanes, peer = lane() % kLanes;
+    float q = fold_groups<kLanes>(sums.of[r], groups0, peer);
+    float k = kTensors == 2 ? fold_groups<kLanes>(sums.of[r] + groups0, groups1, peer) : 0.0f;
+    if (peer < W && first_row(i) + r < a.rows)
+      store_system(reinterpret_cast<Vec16*>(block_slot(workspace_of<W>(a, peer), step, a.rank, r)),
+                   Vec16{{bits_of(q), bits_of(k), step, 0}});
+  }
+
+  // Warp 0: all ranks' packets of this step, turned into each row's factors. False: somebody did not come.
+  TPF_DEVICE bool receive(u32 i, u32 step, Inverses& inverses) const {
+    u32 r = lane() / kLanes, peer = lane() % kLanes;
+    bool waits = peer < W && first_row(i) + r < a.rows;
+    const Vec16* slot = reinterpret_cast<const Vec16*>(
+        block_slot(workspace_of<W>(a, a.rank), step, waits ? peer : 0, waits ? r : 0));
+    Vec16 packet = {};
+    Patience patience;
+    while (waits) {
+      packet = load_system(slot);
+      waits = packet.w[2] != step;
+      if (waits && patience.over(a.timeout_ns)) {
+        report(a, peer, step, patience.waited_ns());
+        break;
+      }
+    }
+    if (any(waits)) return false;
+    u32 t = kTensors == 2 ? peer % 2 : 0;  // even lanes go on with q, odd ones with k
+    u32 first = r * kLanes;
+    float q = shuffle(float_of(packet.w[0]), first), k = shuffle(float_of(packet.w[1]), first);
+    TPF_UNROLL
+    for (u32 rank = 1; rank < W; ++rank) {
+      q = add_rn(q, shuffle(float_of(packet.w[0]), first + rank));
+      k = add_rn(k, shuffle(float_of(packet.w[1]), first + rank));
+    }
+    if (peer < kTensors)
+      inverses.of[r][t] = inverse_rms(t == 0 ? q : k, t == 0 ? a.reciprocal[0] : a.reciprocal[1],
+                                      t == 0 ? a.eps[0] : a.eps[1]);
+    return true;
+  }
+
+  TPF_DEVICE void store(u32 i, const Rows& rows, const Inverses& inverses, const float (&gamma)[kVectors][8]) const {
+    TPF_UNROLL
+    for (u32 r = 0; r < kRows; ++r) {
+      u32 row = first_row(i) + r;
+      TPF_UNROLL
+      for (u32 v = 0; v < kVectors; ++v) {
+        bool k = tensor(v) == 1;
+        T* y = reinterpret_cast<T*>(k ? a.y[1] : a.y[0]) + row * (k ? a.y_stride[1] : a.y_stride[0]);
+        Lane<T> lane = normed(rows[r][v], inverses.of[r][kTensors == 2 ? tensor(v) : 0], gamma[v]);
+        store_lane<T, kAligned>(y, at(v), row < a.rows ? (k ? a.width[1] : a.width[0]) : 0, lane);
+      }
+    }
+  }
+};
+
+template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, u32 kAhead, bool kAligned, u32 kThreads, u32 kResident>
+TPF_KERNEL(kThreads, kResident)
+void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
+  using Step = BlockStep<T, kTensors, W, kVectors, kRows, kAligned>;
+  static_assert(2 * kAhead + 2 <= kBlockRing, "the ring is too small for so many steps ahead");
+  TPF_SHARED(typename Step::Sums[2], sums);
+  TPF_SHARED(typename Step::Inverses[2], inverses);
+  TPF_SHARED(u32, failed);
+  Step work(a);
+  float gamma[kVectors][8];
+  TPF_UNROLL
+  for (u32 v = 0; v < kVectors; ++v) load_gamma(a, work.tensor(v), work.at(v), gamma[v]);
+  if (thread_index() == 0) failed = 0;
+
+  dependency_wait();
+  dependency_trigger();
+  u32* counter = reinterpret_cast<u32*>(workspace_of<W>(a, a.rank) + NormSlots::block_counters) + block_index();
+  u32 first = warp_index() == 0 ? load_global(counter) + 1 : 0;
+  u32 all_steps = (a.rows + kRows - 1) / kRows;
+  u32 steps = all_steps > block_index() ? (all_steps - block_index() - 1) / grid_size() + 1 : 0;
+
+  // rows[0] is the step being finished, rows[kAhead] the one whose sums go out, the last one the one being loaded.
+  typename Step::Rows rows[kAhead + 2];
+  TPF_UNROLL
+  for (u32 i = 0; i <= kAhead; ++i) work.load(i, rows[i]);
+  TPF_UNROLL
+  for (u32 i = 0; i < kAhead; ++i) {
+    work.reduce(rows[i], sums[i % 2]);
+    barrier();
+    if (warp_index() == 0) work.send(i, first + i, sums[i % 2]);
+  }
+  for (u32 i = 0; i < steps; ++i) {
+    u32 next = i + kAhead;
+    work.reduce(rows[kAhead], sums[next % 2]);
+    work.load(next + 1, rows[kAhead + 1]);
+    barrier();
+    if (warp_index() == 0) {
+      if (next < steps) work.send(next, first + next, sums[next % 2]);
+      if (!work.receive(i, first + i, inverses[i % 2])) failed = 1;
+    }
+    barrier();
+    if (failed) return;
+    work.store(i, rows[0], inverses[i % 2], gamma);
+    TPF_UNROLL
+    for (u32 n = 0; n <= kAhead; ++n) {
+      TPF_UNROLL
+      for (u32 r = 0; r < kRows; ++r) {
+        TPF_UNROLL
+        for (u32 v = 0; v < kVectors; ++v) rows[n][r][v] = rows[n + 1][r][v];
+      }
+    }
+  }
+  if (thread_index() == 0) store_global(counter, first + steps - 1);
+}
+
+}  // namespace tpfuse

@@ -1,0 +1,77 @@
+"""Running ranks for every test, and what the `gpu` marker means.
+
+Ranks are processes that take seconds to start, so the session keeps one pool of each size and hands it to whoever asks.
+What tests run there are module-level functions of `jobs.py` and `failing.py`, which the ranks import by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tpfuse import Communicator
+from tpfuse.launch import Ranks
+
+pytest_plugins = ("pytester",)
+
+OnRanks = Callable[..., list[Any]]
+
+
+class Pools:
+    """`pools(world, job, *args)` runs a job on `world` ranks and returns their results in rank order."""
+
+    def __init__(self) -> None:
+        self._running: dict[int, Ranks] = {}
+
+    def __call__(self, world: int, job: Callable[..., Any], *args: Any) -> list[Any]:
+        if world not in self._running:
+            self._running[world] = Ranks(world)
+        try:
+            return self._running[world].run(job, *args)
+        except BaseException:  # whatever it was, these ranks may be anywhere now: the next test gets fresh ones
+            self._running.pop(world).close()
+            raise
+
+    def close(self) -> None:
+        while self._running:
+            self._running.popitem()[1].close()
+
+
+@pytest.fixture(scope="session")
+def on_ranks() -> Iterator[OnRanks]:
+    """Run `job(rank, *args)` on W ranks of the CPU: `results = on_ranks(W, jobs.some_job, ...)`."""
+    pools = Pools()
+    yield pools
+    pools.close()
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Communicator]:
+    """A communicator of a group of one, in this process: enough for what needs no peer. 64 elements wide at most."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with Communicator(max_hidden=64, timeout=5.0) as comm:
+            yield comm
+    finally:
+        dist.destroy_process_group()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without GPUs and without a `-m` of the user's, leave the gpu tests out: as deselected, which pytest counts."""
+    if not config.option.markexpr and torch.cuda.device_count() == 0:
+        config.option.markexpr = "not gpu"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`@pytest.mark.gpu` needs one GPU, `@pytest.mark.gpu(4)` four. Fewer is a failure: nothing was tested."""
+    marker = item.get_closest_marker("gpu")
+    if marker is not None:
+        needed, found = marker.args[0] if marker.args else 1, torch.cuda.device_count()
+        if found < needed:
+            pytest.fail(
+                f"this test needs {needed} GPU(s), torch sees {found}; leave it out with -m 'not gpu'", pytrace=False
+            )
