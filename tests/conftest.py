@@ -7,6 +7,7 @@ What tests run there are module-level functions of `jobs.py` and `failing.py`, w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -37,8 +38,8 @@ class Pools:
             raise
 
     def close(self) -> None:
-        while self._running:
-            self._running.popitem()[1].close()
+        with ThreadPoolExecutor() as threads:  # ending takes ranks a while, too
+            list(threads.map(Ranks.close, self._running.values()))
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from ulps import assert_within, spacing
 
+import tpfuse
 from tpfuse import Communicator, reference
 from tpfuse.launch import Rank
 
@@ -40,6 +41,7 @@ class Case:
     eps: float | tuple[float, float] = 1e-6
     weight_bias: float = 0.0
     strided: bool = False  # the inputs are views of wider rows, q and k of one qkv
+    permuted: bool = False  # two leading dimensions lie in memory the other way round
     out: str = "new"  # "new", "given" or "in place"
     alike: bool = False  # every rank brings the same tensors
     seed: int = 0
@@ -60,6 +62,7 @@ class Inputs:
     k_gamma: Tensor | None = None
     residual: Tensor | None = None
     wide: Tensor | None = None
+    outs: Any = None  # where the results are to go: as many tensors as the op has results, or None
 
 
 Outputs = tuple[Tensor, ...]
@@ -81,6 +84,8 @@ def inputs(case: Case, rank: int, world: int) -> Inputs:
     parts = wide[..., left : left + sum(widths)].split(widths, dim=-1)
     if not case.strided:
         parts = tuple(part.contiguous() for part in parts)
+    if case.permuted:
+        parts = tuple(part.transpose(0, 1).contiguous().transpose(0, 1) for part in parts)
     weights = own if case.sharded else shared  # a gamma that is not split is the same everywhere
     gammas = [(torch.randn(width, generator=weights) * 0.5 - case.weight_bias + 1).to(case.gamma) for width in widths]
     given = Inputs(parts[0], gammas[0], wide=wide)
@@ -89,38 +94,26 @@ def inputs(case: Case, rank: int, world: int) -> Inputs:
     if case.op == "all_reduce_rms_norm" and case.residual is not None:
         stream = torch.randn(rows, case.width, generator=shared) * magnitude * 10
         given.residual = stream.to(case.residual).view(*case.rows, case.width)
+    if case.out != "new":
+        places = (given.x,) if given.k is None else (given.x, given.k)
+        given.outs = places if case.out == "in place" else tuple(torch.full_like(x, 7) for x in places)
     return given
 
 
 def call(comm: Communicator, case: Case, given: Inputs) -> Outputs:
     """Make the call, without looking at the result."""
-    x, k = given.x, given.k
-
-    def place(like: Tensor) -> Tensor | None:
-        if case.out == "new":
-            return None
-        return like if case.out == "in place" else torch.full(like.shape, 7, dtype=like.dtype)
-
+    eps: Any = case.eps
+    settings: dict[str, Any] = {"eps": eps, "weight_bias": case.weight_bias}
+    outs = given.outs
     if case.op == "all_reduce":
-        return (comm.all_reduce(x, out=place(x)),)
+        return (comm.all_reduce(given.x, out=outs and outs[0]),)
     if case.op == "rms_norm":
-        assert isinstance(case.eps, float)
-        return (comm.rms_norm(x, given.gamma, eps=case.eps, weight_bias=case.weight_bias, out=place(x)),)
+        return (comm.rms_norm(given.x, given.gamma, out=outs and outs[0], **settings),)
     if case.op == "qk_rms_norm":
-        assert k is not None
+        assert given.k is not None
         assert given.k_gamma is not None
-        out = None if case.out == "new" else (place(x), place(k))
-        return comm.qk_rms_norm(
-            x,
-            k,
-            given.gamma,
-            given.k_gamma,
-            eps=case.eps,
-            weight_bias=case.weight_bias,
-            out=out,  # type: ignore[arg-type]
-        )
-    assert isinstance(case.eps, float)
-    y = comm.all_reduce_rms_norm(x, given.gamma, residual=given.residual, eps=case.eps, weight_bias=case.weight_bias)
+        return comm.qk_rms_norm(given.x, given.k, given.gamma, given.k_gamma, out=outs, **settings)
+    y = comm.all_reduce_rms_norm(given.x, given.gamma, residual=given.residual, **settings)
     assert y.norm is not None
     return (y.norm,) if y.residual is None else (y.norm, y.residual)
 
@@ -203,18 +196,19 @@ def run_looking_at_memory(rank: Rank, case: Case, mode: str = "fused") -> dict[s
     """A call, where its results lie, and which of the caller's tensors it changed."""
     given, before = inputs(case, rank.rank, rank.world), inputs(case, rank.rank, rank.world)
     outputs = call(communicator(mode), case, given)
-    views = [given.x] if given.k is None else [given.x, given.k]
-    if case.out == "in place":  # what surrounds the rows must stay
-        given.x.zero_(), before.x.zero_()
-        if given.k is not None:
-            given.k.zero_(), before.k.zero_()
+    results = tuple(y.clone() for y in outputs)
+    for x in given.outs or ():  # it is what surrounds them that must stay
+        x.zero_()
+    for x in before.outs or ():
+        x.zero_()
+    tensors = {name: x for name, x in vars(given).items() if isinstance(x, Tensor)}
     return {
+        "outputs": results,
         "places": [y.data_ptr() for y in outputs],
-        "inputs": [x.data_ptr() for x in [*views, given.residual] if x is not None],
+        "inputs": [x.data_ptr() for x in tensors.values()],
+        "outs": [x.data_ptr() for x in given.outs or ()],
         "contiguous": all(y.is_contiguous() for y in outputs),
-        "changed": [
-            name for name, x in vars(given).items() if x is not None and not torch.equal(x, vars(before)[name])
-        ],
+        "changed": [name for name, x in tensors.items() if not torch.equal(x, vars(before)[name])],
     }
 
 
@@ -339,3 +333,69 @@ def run_zeros(rank: Rank, case: Case, mode: str) -> Outputs:
         if x is not None:
             x.zero_()[1] = -0.0
     return call(communicator(mode), case, given)
+
+
+# Modules and operators
+
+
+def shards_of(rank: Rank, module: str, sizes: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a module holds after it has loaded a state."""
+    made = getattr(tpfuse.nn, module)(comm=communicator("fused"), **sizes)
+    made.load_state_dict(state)
+    return made.state_dict()
+
+
+def qk_norm_of_heads(
+    rank: Rank, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, head: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """This rank's heads of full q and k `[T, heads, head]` through a ShardedQKNorm with full gammas loaded."""
+    q_heads, kv_heads = q.shape[1], k.shape[1]
+    norm = tpfuse.nn.ShardedQKNorm(q_heads, kv_heads, head, communicator("fused"), eps=eps, dtype=q_weight.dtype)
+    norm.load_state_dict({"q_weight": q_weight, "k_weight": k_weight})
+    per_rank = max(1, kv_heads // rank.world)
+    first = rank.rank * kv_heads // rank.world
+    own_q = q.chunk(rank.world, dim=1)[rank.rank].flatten(1)
+    return norm(own_q, k[:, first : first + per_rank].flatten(1))
+
+
+def sharded_norm(rank: Rank, x: Tensor, weight: Tensor, settings: dict[str, Any]) -> Tensor:
+    """This rank's columns of full rows through a ShardedRMSNorm inside a model that loads the full gamma."""
+    model = torch.nn.Module()
+    model.norm = tpfuse.nn.ShardedRMSNorm(x.shape[-1], communicator("fused"), dtype=weight.dtype, **settings)
+    model.load_state_dict({"norm.weight": weight})
+    return model.norm(x.chunk(rank.world, dim=-1)[rank.rank])
+
+
+def layer_boundary(rank: Rank, partials: list[Tensor], residual: Tensor | None, weight: Tensor) -> Outputs:
+    norm = tpfuse.nn.AllReduceRMSNorm(weight.numel(), communicator("fused"), weight_bias=1.0, dtype=weight.dtype)
+    norm.load_state_dict({"weight": weight})
+    return tuple(norm(partials[rank.rank], residual))
+
+
+def compiled_and_eager(rank: Rank, cases: Sequence[Case], mode: str = "fused") -> list[tuple[Outputs, Outputs]]:
+    """Each call under torch.compile(fullgraph=True), and eagerly."""
+    comm, pairs = communicator(mode), []
+    for case in cases:
+        torch.compiler.reset()
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        first, second = (inputs(case, rank.rank, rank.world) for _ in range(2))
+        pairs.append((compiled(comm, case, first), call(comm, case, second)))
+    return pairs
+
+
+def compiled_layer(rank: Rank, case: Case) -> tuple[Outputs, Outputs, int]:
+    """Modules with torch ops between them as one compiled graph, beside the same eagerly; and the counted calls."""
+    with Communicator(timeout=20.0) as comm:
+        norm = tpfuse.nn.AllReduceRMSNorm(case.width, comm, dtype=case.gamma)
+        qk = tpfuse.nn.ShardedQKNorm(4 * rank.world, rank.world, case.width // 8, comm, dtype=case.gamma)
+
+        def layer(x: Tensor, residual: Tensor) -> Outputs:
+            y, residual, *_ = norm(torch.relu(x), residual)
+            q, k = qk(*(y * 2).split((case.width // 2, case.width // 8, 3 * case.width // 8), dim=-1)[:2])
+            return q, k, residual + 1
+
+        given = inputs(case, rank.rank, rank.world)
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(given.x, given.residual)
+        eager = layer(given.x, given.residual)
+        return compiled, eager, sum(counter.calls for counter in comm.report().counters)

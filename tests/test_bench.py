@@ -21,7 +21,7 @@ from tpfuse.bench.ceilings import Rates, ceiling_us, link_bytes, memory_bytes
 from tpfuse.bench.implementations import BASELINES, Baseline, Site, Step, find_baselines
 from tpfuse.bench.ops import finish, job, parse_tokens, run
 from tpfuse.bench.plot import plot, spread
-from tpfuse.bench.records import TPFUSE, Record, modes, read, result_name, short_gpu, write
+from tpfuse.bench.records import TPFUSE, Record, modes, read, result_name, short_commit, short_gpu, write
 from tpfuse.bench.report import Key, ratio, times
 from tpfuse.errors import InvalidArgument, TpfuseError, Unsupported
 from tpfuse.launch import Ranks
@@ -154,7 +154,7 @@ def test_report_shows_modes_ratios_and_failures(records: list[Record], tmp_path:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "requested fused, effective control" in text
     assert "On a CPU only ratios" in text
-    assert text.count("the speed of the best baseline") == 3
+    assert text.count("the best baseline's speed") == 3
     assert "failed: no_sum, all rows: rank 0: wrong result" in text
     assert "failed: raises, all rows: rank 1: ValueError: no luck here" in text
 
@@ -254,6 +254,7 @@ def test_machines_have_short_names() -> None:
     assert short_gpu("NVIDIA GeForce RTX 5090") == "rtx-5090"
     assert short_gpu("CPU: AMD EPYC") == "cpu"
     assert machine.commit()
+    assert short_commit("0123456789abcdef+dirty") == "0123456789ab+dirty"
 
 
 def test_a_width_that_cannot_be_sharded_is_a_reason() -> None:

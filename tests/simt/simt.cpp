@@ -240,6 +240,7 @@ struct Machine::Impl {
   // primitives
   void load(void* to, const void* from, u32 bytes, Scope scope, Site site);
   void store(void* to, const void* from, u32 bytes, Scope scope, Site site);
+  u32 add(u32* p, u32 x, Site site);
   u32 meet(Meeting meeting, u32 value, u32 source, Site site);
   void release_warp(Block& block, u32 warp);
   void barrier(u32 id, u32 threads, Site site);
@@ -674,6 +675,16 @@ void Machine::Impl::store(void* to, const void* from, u32 bytes, Scope scope, Si
   }
 }
 
+u32 Machine::Impl::add(u32* p, u32 x, Site site) {
+  at("an atomic addition", site);
+  preempt(system_odds);
+  progress();
+  if (find(p, sizeof(u32)).rank != current->block->grid->rank) fail("an atomic addition to a peer's memory");
+  u32 old = *p;
+  *p = old + x;
+  return old;
+}
+
 u32 Machine::Impl::meet(Meeting meeting, u32 value, u32 source, Site site) {
   static constexpr const char* kNames[] = {"shuffle", "any/all", "sync_warp"};
   Thread& t = *current;
@@ -870,6 +881,7 @@ void load(void* to, const void* from, u32 bytes, Scope scope, Site site) {
 void store(void* to, const void* from, u32 bytes, Scope scope, Site site) {
   Impl::active->store(to, from, bytes, scope, site);
 }
+u32 add(u32* p, u32 x, Site site) { return Impl::active->add(p, x, site); }
 u32 meet(Meeting meeting, u32 value, u32 source_lane, Site site) {
   return Impl::active->meet(meeting, value, source_lane, site);
 }

@@ -166,6 +166,7 @@ class Trial:
     def figure(self) -> Figure:
         if self._replay is not None:
             self._replay.close()
+            self._replay = None  # it refers to this trial: a cycle would keep the communicator alive at exit
         if self.error:
             return Figure(None, (), self.error)
         medians = tuple(round(us, 3) for us in gathered(statistics.median(self.samples)))

@@ -1,5 +1,6 @@
-"""`run`: the ops of a preset, tpfuse and the baselines, on W ranks of this machine or under torchrun. `finish`: its rows
-saved, printed and drawn."""
+"""`run`: the ops of a preset, tpfuse and the baselines, on W ranks of this machine or under torchrun.
+`finish`: its rows saved, printed and drawn.
+"""
 
 from __future__ import annotations
 

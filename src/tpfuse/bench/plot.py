@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpfuse.bench.records import TPFUSE, Record, modes
+from tpfuse.bench.records import TPFUSE, Record, modes, short_commit
 from tpfuse.bench.report import by_op, on_cpu, times
 from tpfuse.errors import InvalidArgument, Unsupported
 
@@ -106,7 +106,7 @@ def _title(figure: Figure, records: Sequence[Record], name: str, cache: str, hei
         f"{name} {first.versions[name]}" for name in ("torch", "cuda", "nccl") if name in first.versions
     )
     note = "; on a CPU only ratios within one run mean anything" if on_cpu(records) else ""
-    foot = f"maximum over ranks of their median; {versions}; commit {first.commit[:12]}{note}"
+    foot = f"maximum over ranks of their median; {versions}; commit {short_commit(first.commit)}{note}"
     figure.text(LEFT, 0.22 / height, foot, fontsize=7.5, color=QUIET, va="center")
 
 

@@ -82,6 +82,12 @@ def short_gpu(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "gpu"
 
 
+def short_commit(commit: str) -> str:
+    """Twelve digits, and still `+dirty`."""
+    digits, plus, dirty = commit.partition("+")
+    return digits[:12] + plus + dirty
+
+
 def result_name(preset: str, records: Sequence[Record]) -> str:
     """The name of a result file. It carries the EFFECTIVE mode: `ops-minimax-m2-h200x4-control.jsonl`."""
     if not records:

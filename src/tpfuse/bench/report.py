@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tpfuse.bench.records import TPFUSE, Record, modes
+from tpfuse.bench.records import TPFUSE, Record, modes, short_commit
 
 CPU_NOTE = "On a CPU only ratios within this run mean anything: cores are shared and their clock changes."
 
@@ -30,6 +30,8 @@ class Key(NamedTuple):
 def report(records: Sequence[Record]) -> RenderableType:
     """All of it, to be printed with rich."""
     parts: list[RenderableType] = []
+    if records:
+        parts += [escape(f"{records[0].world} ranks on {records[0].gpu}, commit {short_commit(records[0].commit)}"), ""]
     for rows in by_op(records).values():
         parts += [_headline(rows), _title(rows), _table(rows), *_reasons(rows), *_failures(rows), ""]
     if on_cpu(records):
@@ -76,7 +78,7 @@ def _headline(rows: Sequence[Record]) -> Text:
     ahead = sum(r > 1 for r in ratios.values())
     text = Text(f"{op}: ", style="bold")
     text.append(f"{geometric_mean(ratios.values()):.2f}x", style="bold green" if low > 1 else "bold yellow")
-    text.append(f" the speed of the best baseline ({low:.2f}x to {high:.2f}x), faster in {ahead} of {len(ratios)} rows")
+    text.append(f" the best baseline's speed ({low:.2f}x to {high:.2f}x), ahead in {ahead} of {len(ratios)} rows")
     return text
 
 
@@ -85,7 +87,7 @@ def _title(rows: Sequence[Record]) -> str:
     first, (requested, effective) = rows[0], modes(rows)
     same = "" if requested == effective else "bold yellow"
     mode = f"requested {requested}, effective " + (f"[{same}]{effective}[/]" if same else effective)
-    return f"{first.width} {first.dtype}, {first.world} ranks on {escape(first.gpu)}, {mode}"
+    return f"{first.width} {first.dtype}, {mode}"
 
 
 def _table(rows: Sequence[Record]) -> Table:

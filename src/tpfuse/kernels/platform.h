@@ -182,6 +182,13 @@ TPF_DEVICE void store_system(Vec16* p, const Vec16& x) {
                : "memory");
 }
 
+// Adds to a counter of the own GPU's memory and returns what it was. Relaxed.
+TPF_DEVICE u32 add_global(u32* p, u32 x) {
+  u32 old;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(x) : "memory");
+  return old;
+}
+
 TPF_DEVICE u32 shuffle_xor(u32 x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, int(mask)); }
 TPF_DEVICE u32 shuffle(u32 x, u32 lane) { return __shfl_sync(0xffffffffu, x, int(lane)); }
 TPF_DEVICE bool any(bool x) { return __any_sync(0xffffffffu, x); }
@@ -392,6 +399,10 @@ TPF_DEVICE void store_system(Vec16* p, const Vec16& x) {
                : "memory");
 }
 
+TPF_DEVICE u32 add_global(u32* p, u32 x) {
+  return __hip_atomic_fetch_add(detail::global(p), x, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+
 namespace detail {
 // Bytes of the first lane of this thread's half of the wavefront, as bpermute addresses lanes.
 TPF_DEVICE u32 half_base() { return (thread_index() & 32) * 4; }
@@ -476,6 +487,7 @@ u32 grid_size();
 u32 block_size();
 void load(void* to, const void* from, u32 bytes, Scope, Site);
 void store(void* to, const void* from, u32 bytes, Scope, Site);
+u32 add(u32* p, u32 x, Site);
 u32 meet(Meeting, u32 value, u32 source_lane, Site);
 void barrier(Site);
 void barrier(u32 id, u32 threads, Site);
@@ -540,6 +552,8 @@ inline Vec16 load_system(const Vec16* p, TPF_SITE) { return host::load(p, host::
 inline void store_system(u32* p, u32 x, TPF_SITE) { host::store(p, x, host::Scope::system, site); }
 inline void store_system(u64* p, u64 x, TPF_SITE) { host::store(p, x, host::Scope::system, site); }
 inline void store_system(Vec16* p, const Vec16& x, TPF_SITE) { host::store(p, x, host::Scope::system, site); }
+
+inline u32 add_global(u32* p, u32 x, TPF_SITE) { return host::add(p, x, site); }
 
 inline u32 shuffle(u32 x, u32 lane, TPF_SITE) { return host::meet(host::Meeting::shuffle, x, lane % kWarp, site); }
 inline u32 shuffle_xor(u32 x, u32 mask, TPF_SITE) { return shuffle(x, (thread_index() ^ mask) % kWarp, site); }

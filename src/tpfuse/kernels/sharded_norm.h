@@ -43,28 +43,28 @@ constexpr u32 kWarpBlocks = 1024;   // most blocks of norm_by_warp
 constexpr u32 kWarpGroups = 8;      // most groups of a tensor in norm_by_warp
 constexpr u32 kWarpRing = 2;
 constexpr u32 kWarpCounters = 16;   // copies of a block's counter, one a warp
+constexpr u32 kRowPlaces = 4224;    // most warps of norm_by_row
+constexpr u32 kRowRing = 2;
 constexpr u32 kBlockBlocks = 1056;  // most blocks of norm_by_block
 constexpr u32 kBlockRows = 4;       // most rows of a step
-constexpr u32 kBlockRing = 4;
+constexpr u32 kBlockRing = 2;
 constexpr u32 kBlockGroups = 128;   // most groups of both tensors in norm_by_block
 
-struct ErrorRecord {
-  u32 set, op, rank, peer, block, step;
-  u64 waited_ns;
-};
-
-// Passed by value; the host packs the same bytes. Index 0 is q (or the only tensor), 1 is k.
+// Passed by value; the host packs the same bytes. The first part never changes for a launcher.
+// Index 0 is q (or the only tensor), 1 is k.
 struct NormArgs {
+  u64 workspace[kMaxWorld];  // of every rank
+  u64 error;                 // this rank's error record: {1, op, rank, peer}, {block, step, waited ns}
+  u64 timeout_ns;
+  u32 rank, op;
+
   u64 x[2];      // rows, T
   u64 y[2];      // rows, T; may be x
   u64 gamma[2];  // fp32, bf16 or fp16 as gamma_type says
   i64 x_stride[2], y_stride[2];  // elements
-  u64 workspace[kMaxWorld];      // of every rank
-  u64 error;                     // ErrorRecord of this rank
-  u64 timeout_ns;
-  u32 rows, rank, op;
-  u32 width[2];        // this rank's
-  u32 gamma_type[2];   // 0 fp32, 1 bf16, 2 fp16
+  u32 rows;
+  u32 width[2];       // this rank's
+  u32 gamma_type[2];  // 0 fp32, 1 bf16, 2 fp16
   float eps[2];
   float reciprocal[2];  // 1 / (width * W)
   float bias;           // added to gamma
@@ -76,7 +76,9 @@ struct NormSlots {
   static constexpr u64 block_counters = warp_counters + u64(kWarpBlocks) * kWarpCounters * 4;
   static constexpr u64 warp_slots = (block_counters + u64(kBlockBlocks) * 4 + 127) / 128 * 128;
   static constexpr u64 block_slots = warp_slots + u64(kWarpBlocks) * kWarpRing * kMaxWorld * 2 * kWarpGroups * 8;
-  static constexpr u64 bytes = block_slots + u64(kBlockBlocks) * kBlockRing * kMaxWorld * kBlockRows * 16;
+  static constexpr u64 row_slots = block_slots + u64(kBlockBlocks) * kBlockRing * kMaxWorld * kBlockRows * 16;
+  static constexpr u64 row_counters = row_slots + u64(kRowPlaces) * kRowRing * kMaxWorld * 16;
+  static constexpr u64 bytes = row_counters + u64(kRowPlaces) * 4;
 };
 
 // Eight elements of a row, as they lie in memory.
@@ -195,7 +197,7 @@ TPF_DEVICE float inverse_rms(float total, float reciprocal, float eps) {
 }
 
 template <class T>
-TPF_DEVICE Lane<T> normed(const Lane<T>& lane, float inverse, const float (&gamma)[8]) {
+TPF_DEVICE Lane<T> normed(const Lane<T>& lane, float inverse, const float* gamma) {
   float x[8];
   widen(lane, x);
   TPF_UNROLL
@@ -232,14 +234,12 @@ class Patience {
   u64 start_ = 0;
 };
 
-// The first to give up leaves the record; which of several it is does not matter.
+// The first to give up leaves the record, its marker last; which of several it is does not matter.
 TPF_DEVICE void report(const NormArgs& a, u32 peer, u32 step, u64 waited_ns) {
-  u32* record = reinterpret_cast<u32*>(a.error);
-  if (load_system(record) != 0) return;
-  u32 words[5] = {a.op, a.rank, peer, block_index(), step};
-  for (u32 i = 0; i < 5; ++i) store_system(record + 1 + i, words[i]);
-  store_system(reinterpret_cast<u64*>(record + 6), waited_ns);
-  store_system(record, 1u);
+  Vec16* record = reinterpret_cast<Vec16*>(a.error);
+  if (load_system(record).w[0] != 0) return;
+  store_system(record + 1, Vec16{{block_index(), step, u32(waited_ns), u32(waited_ns >> 32)}});
+  store_system(record, Vec16{{1, a.op, a.rank, peer}});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -315,8 +315,8 @@ void norm_by_warp(const TPF_GRID_CONSTANT NormArgs a) {
   float gamma[8];
   load_gamma(a, t, at, gamma);
 
-  dependency_wait();
   dependency_trigger();
+  dependency_wait();
   // Every warp reads its own copy of the counter and all copies are kept equal, so no warp waits for another here.
   u32* counters = reinterpret_cast<u32*>(workspace_of<W>(a, a.rank) + NormSlots::warp_counters);
   counters += block_index() * kWarpCounters;
@@ -344,8 +344,109 @@ void norm_by_warp(const TPF_GRID_CONSTANT NormArgs a) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Some rows: a warp has a whole row, so nothing is shared between warps, and one packet a rank carries both sums.
+
+template <u32 W>
+TPF_DEVICE u64 row_slot(u64 workspace, u32 step, u32 place, u32 source) {
+  return workspace + NormSlots::row_slots + ((u64(place) * kRowRing + step % kRowRing) * kMaxWorld + source) * 16;
+}
+
+// Sums each of kCount values (a power of two) over the 32 lanes and then the results over each other, both by halves; every
+// lane gets the total. The exchange of halves is fold_lanes' trick.
+template <u32 kCount>
+TPF_DEVICE float fold_all(float (&x)[kCount]) {
+  u32 mask = kWarp / 2;
+  TPF_UNROLL
+  for (u32 left = kCount; left > 1; left /= 2) {
+    bool upper = lane() & mask;
+    TPF_UNROLL
+    for (u32 r = 0; r < left / 2; ++r) {
+      float keep = upper ? x[r + left / 2] : x[r], give = upper ? x[r] : x[r + left / 2];
+      x[r] = add_rn(keep, shuffle_xor(give, mask));
+    }
+    mask /= 2;
+  }
+  TPF_UNROLL
+  for (u32 m = kWarp / 2 / kCount; m > 0; m /= 2) x[0] = add_rn(x[0], shuffle_xor(x[0], m));
+  TPF_UNROLL
+  for (u32 m = kWarp / 2; m > kWarp / 2 / kCount; m /= 2) x[0] = add_rn(x[0], shuffle_xor(x[0], m));
+  return x[0];
+}
+
+// Block: kWarps warps, kWarps rows at a time. kGroups0, kGroups1: groups of the tensors, padded to powers of two; 0 for
+// no second tensor. Grid: at most kRowPlaces / kWarps.
+template <class T, u32 W, u32 kGroups0, u32 kGroups1, bool kAligned, u32 kWarps, u32 kResident>
+TPF_KERNEL(kWarps * 32, kResident)
+void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
+  constexpr u32 kGroups = kGroups0 + kGroups1;
+  using Gamma = float[kGroups][kWarp][kLaneElements];
+  TPF_SHARED(Gamma, gammas);
+  for (u32 g = warp_index(); g < kGroups; g += kWarps) {
+    u32 t = g >= kGroups0 ? 1 : 0;
+    load_gamma(a, t, (t ? g - kGroups0 : g) * kGroupElements + lane() * kLaneElements, gammas[g][lane()]);
+  }
+  barrier();
+  dependency_trigger();
+  dependency_wait();
+  u32 place = block_index() * kWarps + warp_index();
+  u32* counter = reinterpret_cast<u32*>(workspace_of<W>(a, a.rank) + NormSlots::row_counters) + place;
+  u32 step = load_global(counter);
+
+  for (u32 row = place; row < a.rows; row += grid_size() * kWarps) {
+    const T* x[2] = {reinterpret_cast<const T*>(a.x[0]) + row * a.x_stride[0],
+                     reinterpret_cast<const T*>(a.x[1]) + row * a.x_stride[1]};
+    Lane<T> own[kGroups];
+    TPF_UNROLL
+    for (u32 g = 0; g < kGroups; ++g) {
+      u32 t = g >= kGroups0 ? 1 : 0, at = (g - t * kGroups0) * kGroupElements + lane() * kLaneElements;
+      own[g] = load_lane<T, kAligned>(x[t], at, a.width[t]);
+    }
+    float q[kGroups0], k[kGroups1 > 0 ? kGroups1 : 1] = {};
+    TPF_UNROLL
+    for (u32 g = 0; g < kGroups0; ++g) q[g] = lane_square(own[g]);
+    TPF_UNROLL
+    for (u32 g = 0; g < kGroups1; ++g) k[g] = lane_square(own[kGroups0 + g]);
+    float q_sum = fold_all(q), k_sum = kGroups1 > 0 ? fold_all(k) : 0.0f;
+    ++step;
+    bool waits = lane() < W;
+    if (waits)
+      store_system(reinterpret_cast<Vec16*>(row_slot<W>(workspace_of<W>(a, lane()), step, place, a.rank)),
+                   Vec16{{bits_of(q_sum), bits_of(k_sum), step, 0}});
+    const Vec16* slot =
+        reinterpret_cast<const Vec16*>(row_slot<W>(workspace_of<W>(a, a.rank), step, place, waits ? lane() : 0));
+    Vec16 packet = {};
+    Patience patience;
+    while (waits) {
+      packet = load_system(slot);
+      waits = packet.w[2] != step;
+      if (waits && patience.over(a.timeout_ns)) {
+        report(a, lane(), step, patience.waited_ns());
+        break;
+      }
+    }
+    if (any(waits)) return;
+    float total[2] = {shuffle(float_of(packet.w[0]), 0), shuffle(float_of(packet.w[1]), 0)};
+    TPF_UNROLL
+    for (u32 r = 1; r < W; ++r) {
+      total[0] = add_rn(total[0], shuffle(float_of(packet.w[0]), r));
+      if (kGroups1 > 0) total[1] = add_rn(total[1], shuffle(float_of(packet.w[1]), r));
+    }
+    float inverse[2] = {inverse_rms(total[0], a.reciprocal[0], a.eps[0]), 0};
+    if (kGroups1 > 0) inverse[1] = inverse_rms(total[1], a.reciprocal[1], a.eps[1]);
+    T* y[2] = {reinterpret_cast<T*>(a.y[0]) + row * a.y_stride[0], reinterpret_cast<T*>(a.y[1]) + row * a.y_stride[1]};
+    TPF_UNROLL
+    for (u32 g = 0; g < kGroups; ++g) {
+      u32 t = g >= kGroups0 ? 1 : 0, at = (g - t * kGroups0) * kGroupElements + lane() * kLaneElements;
+      store_lane<T, kAligned>(y[t], at, a.width[t], normed(own[g], inverse[t], gammas[g][lane()]));
+    }
+  }
+  if (lane() == 0) store_global(counter, step);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Many rows.
 
+template <u32 W>
 TPF_DEVICE u64 block_slot(u64 workspace, u32 step, u32 source, u32 row) {
   u64 index = (u64(block_index()) * kBlockRing + step % kBlockRing) * kMaxWorld + source;
   return workspace + NormSlots::block_slots + (index * kBlockRows + row) * 16;
@@ -400,7 +501,7 @@ TPF_DEVICE float fold_groups(const float* sums, u32 count, u32 s) {
 template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kAligned>
 struct BlockStep {
   static constexpr u32 kLanes = kWarp / kRows;  // lanes of warp 0 that look after one row
-  static_assert(kLanes >= W && kRows <= kBlockRows, "a row needs a lane for every rank");
+  static_assert(kLanes >= W, "a row needs a lane for every rank");
   struct Sums {
     float of[kRows][kBlockGroups];
   };
@@ -420,12 +521,12 @@ struct BlockStep {
   TPF_DEVICE u32 at(u32 v) const {
     return (tensor(v) == 0 ? group(v) : group(v) - groups0) * kGroupElements + lane() * kLaneElements;
   }
-  TPF_DEVICE u32 first_row(u32 i) const { return (i * grid_size() + block_index()) * kRows; }
+  TPF_DEVICE u32 first_row(u32 chunk) const { return chunk * kRows; }
 
-  TPF_DEVICE void load(u32 i, Rows& rows) const {
+  TPF_DEVICE void load(u32 chunk, Rows& rows) const {
     TPF_UNROLL
     for (u32 r = 0; r < kRows; ++r) {
-      u32 row = first_row(i) + r;
+      u32 row = first_row(chunk) + r;
       TPF_UNROLL
       for (u32 v = 0; v < kVectors; ++v) {
         bool k = tensor(v) == 1;
@@ -449,21 +550,21 @@ struct BlockStep {
   }
 
   // Warp 0: the packet of each row to each rank, the own one included.
-  TPF_DEVICE void send(u32 i, u32 step, const Sums& sums) const {
+  TPF_DEVICE void send(u32 chunk, u32 step, const Sums& sums) const {
     u32 r = lane() / kLanes, peer = lane() % kLanes;
     float q = fold_groups<kLanes>(sums.of[r], groups0, peer);
     float k = kTensors == 2 ? fold_groups<kLanes>(sums.of[r] + groups0, groups1, peer) : 0.0f;
-    if (peer < W && first_row(i) + r < a.rows)
-      store_system(reinterpret_cast<Vec16*>(block_slot(workspace_of<W>(a, peer), step, a.rank, r)),
+    if (peer < W && first_row(chunk) + r < a.rows)
+      store_system(reinterpret_cast<Vec16*>(block_slot<W>(workspace_of<W>(a, peer), step, a.rank, r)),
                    Vec16{{bits_of(q), bits_of(k), step, 0}});
   }
 
-  // Warp 0: all ranks' packets of this step, turned into each row's factors. False: somebody did not come.
-  TPF_DEVICE bool receive(u32 i, u32 step, Inverses& inverses) const {
+  // Warp 0: all ranks' packets of this chunk, turned into each row's factors. False: somebody did not come.
+  TPF_DEVICE bool receive(u32 chunk, u32 step, Inverses& inverses) const {
     u32 r = lane() / kLanes, peer = lane() % kLanes;
-    bool waits = peer < W && first_row(i) + r < a.rows;
+    bool waits = peer < W && first_row(chunk) + r < a.rows;
     const Vec16* slot = reinterpret_cast<const Vec16*>(
-        block_slot(workspace_of<W>(a, a.rank), step, waits ? peer : 0, waits ? r : 0));
+        block_slot<W>(workspace_of<W>(a, a.rank), step, waits ? peer : 0, waits ? r : 0));
     Vec16 packet = {};
     Patience patience;
     while (waits) {
@@ -489,10 +590,10 @@ struct BlockStep {
     return true;
   }
 
-  TPF_DEVICE void store(u32 i, const Rows& rows, const Inverses& inverses, const float (&gamma)[kVectors][8]) const {
+  TPF_DEVICE void store(u32 chunk, const Rows& rows, const Inverses& inverses, const float (&gamma)[kVectors][8]) const {
     TPF_UNROLL
     for (u32 r = 0; r < kRows; ++r) {
-      u32 row = first_row(i) + r;
+      u32 row = first_row(chunk) + r;
       TPF_UNROLL
       for (u32 v = 0; v < kVectors; ++v) {
         bool k = tensor(v) == 1;
@@ -504,13 +605,13 @@ struct BlockStep {
   }
 };
 
-template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, u32 kAhead, bool kAligned, u32 kThreads, u32 kResident>
+// Block: 32 threads for every kVectors groups of both tensors. Grid: at most kBlockBlocks.
+template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kAligned, u32 kThreads, u32 kResident>
 TPF_KERNEL(kThreads, kResident)
 void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   using Step = BlockStep<T, kTensors, W, kVectors, kRows, kAligned>;
-  static_assert(2 * kAhead + 2 <= kBlockRing, "the ring is too small for so many steps ahead");
-  TPF_SHARED(typename Step::Sums[2], sums);
-  TPF_SHARED(typename Step::Inverses[2], inverses);
+  TPF_SHARED(typename Step::Sums, sums);
+  TPF_SHARED(typename Step::Inverses, inverses);
   TPF_SHARED(u32, failed);
   Step work(a);
   float gamma[kVectors][8];
@@ -518,45 +619,32 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   for (u32 v = 0; v < kVectors; ++v) load_gamma(a, work.tensor(v), work.at(v), gamma[v]);
   if (thread_index() == 0) failed = 0;
 
-  dependency_wait();
   dependency_trigger();
+  dependency_wait();
   u32* counter = reinterpret_cast<u32*>(workspace_of<W>(a, a.rank) + NormSlots::block_counters) + block_index();
-  u32 first = warp_index() == 0 ? load_global(counter) + 1 : 0;
-  u32 all_steps = (a.rows + kRows - 1) / kRows;
-  u32 steps = all_steps > block_index() ? (all_steps - block_index() - 1) / grid_size() + 1 : 0;
-
-  // rows[0] is the step being finished, rows[kAhead] the one whose sums go out, the last one the one being loaded.
-  typename Step::Rows rows[kAhead + 2];
-  TPF_UNROLL
-  for (u32 i = 0; i <= kAhead; ++i) work.load(i, rows[i]);
-  TPF_UNROLL
-  for (u32 i = 0; i < kAhead; ++i) {
-    work.reduce(rows[i], sums[i % 2]);
-    barrier();
-    if (warp_index() == 0) work.send(i, first + i, sums[i % 2]);
-  }
-  for (u32 i = 0; i < steps; ++i) {
-    u32 next = i + kAhead;
-    work.reduce(rows[kAhead], sums[next % 2]);
-    work.load(next + 1, rows[kAhead + 1]);
+  u32 step = warp_index() == 0 ? load_global(counter) : 0;
+  u32 chunks = (a.rows + kRows - 1) / kRows;
+  typename Step::Rows rows, loading;
+  work.load(block_index(), rows);
+  for (u32 chunk = block_index(); chunk < chunks; chunk += grid_size()) {
+    ++step;
+    work.reduce(rows, sums);
+    work.load(chunk + grid_size(), loading);  // nothing where there is no such chunk
     barrier();
     if (warp_index() == 0) {
-      if (next < steps) work.send(next, first + next, sums[next % 2]);
-      if (!work.receive(i, first + i, inverses[i % 2])) failed = 1;
+      work.send(chunk, step, sums);
+      if (!work.receive(chunk, step, inverses)) failed = 1;
     }
     barrier();
     if (failed) return;
-    work.store(i, rows[0], inverses[i % 2], gamma);
+    work.store(chunk, rows, inverses, gamma);
     TPF_UNROLL
-    for (u32 n = 0; n <= kAhead; ++n) {
+    for (u32 r = 0; r < kRows; ++r) {
       TPF_UNROLL
-      for (u32 r = 0; r < kRows; ++r) {
-        TPF_UNROLL
-        for (u32 v = 0; v < kVectors; ++v) rows[n][r][v] = rows[n + 1][r][v];
-      }
+      for (u32 v = 0; v < kVectors; ++v) rows[r][v] = loading[r][v];
     }
   }
-  if (thread_index() == 0) store_global(counter, first + steps - 1);
+  if (thread_index() == 0) store_global(counter, step);
 }
 
 }  // namespace tpfuse

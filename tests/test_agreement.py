@@ -1,0 +1,187 @@
+"""Making a communicator: ranks that differ, are missing or fail are one clear error on every rank, in bounded time."""
+
+from __future__ import annotations
+
+import failing
+import pytest
+import torch.distributed as dist
+from failing import QUICK
+
+from tpfuse import Communicator, __version__
+from tpfuse.errors import InvalidArgument, PeerTimeout, RankMismatch, TpfuseError, Unsupported
+
+
+@pytest.mark.parametrize(
+    ("field", "usual", "other"),
+    [
+        ("mode", "fused", "off"),
+        ("backend", "auto", "collective"),
+        ("max_hidden", 16384, 4096),
+        ("timeout", 10.0, 9.0),
+    ],
+)
+@pytest.mark.parametrize("odd", [1, 2])
+def test_a_setting_that_differs_is_named_with_its_rank_on_every_rank(on_ranks, field, usual, other, odd):
+    settings = [{"timeout": 10.0, field: other if rank == odd else usual} for rank in range(3)]
+    for seen in on_ranks(3, failing.construct, settings):
+        assert seen.error == "RankMismatch"
+        assert f"rank {odd} has {field}={other!r}, rank 0 has {usual!r}" in seen.message
+        assert f"rank {3 - odd} has {field}" not in seen.message
+        assert seen.seconds < 5
+
+
+def test_if_rank_0_is_the_odd_one_every_other_rank_is_named(on_ranks):
+    settings = [{"mode": mode, "timeout": 10.0} for mode in ("off", "fused", "fused")]
+    messages = [seen.message for seen in on_ranks(3, failing.construct, settings)]
+    assert "rank 1 has mode='fused', rank 0 has 'off'" in messages[0]
+    assert "rank 2 has mode='fused', rank 0 has 'off'" in messages[0]
+    assert messages[1:] == messages[:1] * 2
+
+
+def test_all_differences_are_named_at_once(on_ranks):
+    settings = [{"timeout": 10.0}, {"timeout": 10.0, "mode": "off", "max_hidden": 64}]
+    for seen in on_ranks(2, failing.construct, settings):
+        assert "mode='off'" in seen.message
+        assert "max_hidden=64" in seen.message
+
+
+def test_versions_that_differ_are_named(on_ranks):
+    for seen in on_ranks(2, failing.construct_as_version, [__version__, "0.0.7"]):
+        assert seen.error == "RankMismatch"
+        assert f"rank 1 has tpfuse='0.0.7', rank 0 has {__version__!r}" in seen.message
+
+
+@pytest.mark.parametrize("absent", [0, 1, 2])
+def test_a_rank_that_never_comes_is_named_within_the_timeout(on_ranks, absent):
+    settings = [None if rank == absent else {"timeout": QUICK} for rank in range(3)]
+    for rank, seen in enumerate(on_ranks(3, failing.construct, settings)):
+        if rank != absent:
+            assert seen.error == "PeerTimeout"
+            assert f"rank {absent} of 3 did not construct a Communicator on this group within 1 s" in seen.message
+            assert QUICK * 0.9 < seen.seconds < QUICK + 2
+
+
+def test_all_ranks_that_never_come_are_named(on_ranks):
+    seen = on_ranks(3, failing.construct, [None, {"timeout": QUICK}, None])[1]
+    assert seen.error == "PeerTimeout"
+    assert "ranks 0, 2 of 3 did not construct" in seen.message
+
+
+def test_a_slow_rank_is_waited_for(on_ranks):
+    for seen in on_ranks(2, failing.construct_late, 1, 0.5, 10.0):
+        assert seen.error == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"backend": "telepathy"}, "backend='telepathy'"),
+        ({"mode": "turbo"}, "mode='turbo'"),
+        ({"device": "cuda"}, "cuda"),
+        ({"timeout": -1.0}, "timeout=-1.0"),
+    ],
+)
+def test_a_rank_that_fails_while_constructing_tells_the_others_why(on_ranks, settings, text):
+    failed, *others = on_ranks(3, failing.construct, [settings, {"timeout": 10.0}, {"timeout": 10.0}])
+    assert failed.error in ("InvalidArgument", "Unsupported")
+    assert text in failed.message
+    for seen in others:
+        assert seen.error == "TpfuseError"
+        assert "rank 0 could not start" in seen.message
+        assert failed.message in seen.message
+        assert seen.seconds < 5
+
+
+def test_a_group_can_be_used_after_a_failure_that_all_ranks_saw(on_ranks):
+    for first, second in on_ranks(2, failing.construct_twice, [{"mode": "off"}, {"mode": "fused"}]):
+        assert first.error == "RankMismatch"
+        assert second.error == ""
+
+
+@pytest.mark.xfail(strict=True, reason="facts that a rank pinned before it gave up are still there for a later rank")
+def test_a_rank_that_comes_after_the_timeout_does_not_get_a_communicator(on_ranks):
+    early, late = on_ranks(2, failing.construct_late, 1, 2.5 * QUICK, QUICK)
+    assert early.error == "PeerTimeout"
+    assert late.error != ""
+
+
+# One process alone
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_without_torch_distributed_the_error_says_what_to_call():
+    with pytest.raises(InvalidArgument, match=r"not initialised.*not started by torchrun.*init_process_group\(\)"):
+        Communicator()
+
+
+def test_under_torchrun_without_torch_distributed_the_error_says_so(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InvalidArgument, match="RANK and WORLD_SIZE are set"):
+        Communicator()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"mode": "turbo"}, InvalidArgument, "mode='turbo'; supported: off, control, fused"),
+        ({"backend": "telepathy"}, InvalidArgument, "backend='telepathy'; supported: auto, collective"),
+        ({"timeout": 0}, InvalidArgument, "timeout=0; needed: seconds, more than 0"),
+        ({"timeout": -3.5}, InvalidArgument, "timeout=-3.5"),
+        ({"timeout": float("nan")}, InvalidArgument, "timeout=nan"),
+        ({"max_hidden": 0}, InvalidArgument, "max_hidden=0"),
+        ({"max_hidden": 12.5}, InvalidArgument, "max_hidden=12.5"),
+        ({"group": "tp"}, InvalidArgument, "group is 'tp'"),
+        ({"group": dist.GroupMember.NON_GROUP_MEMBER}, InvalidArgument, "process group of this rank"),
+        ({"device": "meta"}, Unsupported, "device=meta, but the group serves"),
+        pytest.param(
+            {"timeout": "30"},
+            InvalidArgument,
+            "timeout='30'",
+            marks=pytest.mark.xfail(strict=True, raises=TypeError, reason="a raw TypeError, and no word to the peers"),
+        ),
+        pytest.param(
+            {"timeout": float("inf")},
+            InvalidArgument,
+            "timeout=inf",
+            marks=pytest.mark.xfail(strict=True, raises=OverflowError, reason="a raw OverflowError from timedelta"),
+        ),
+        pytest.param(
+            {"device": "gpu"},
+            TpfuseError,
+            "device",
+            marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch's own error, no word to the peers"),
+        ),
+    ],
+    ids=str,
+)
+def test_a_bad_setting_says_what_was_given_and_what_is_supported(settings, error, text):
+    with pytest.raises(error, match=text.replace("(", r"\(")):
+        Communicator(**settings)
+
+
+def test_a_group_of_another_rank_is_refused(on_ranks):
+    outcomes = on_ranks(2, failing.construct_in_group_of_rank_0)
+    assert [seen.error for seen in outcomes] == ["", "InvalidArgument"]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_communicator_can_be_closed_twice_and_says_that_it_is_closed():
+    with Communicator() as comm:
+        assert "rank 0 of 1 on cpu, control" in repr(comm)
+    comm.close()
+    assert repr(comm).endswith("closed>")
+
+
+def test_errors_are_of_the_builtin_kinds_too():
+    assert issubclass(InvalidArgument, ValueError)
+    assert issubclass(PeerTimeout, TimeoutError)
+    for kind in (InvalidArgument, Unsupported, RankMismatch, PeerTimeout):
+        assert issubclass(kind, TpfuseError)
+        assert issubclass(kind, RuntimeError)

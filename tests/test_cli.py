@@ -1,0 +1,188 @@
+"""The command line as its users have it: processes, their output and their exit codes.
+
+`tpfuse check` in full takes a minute; here a script runs the same command with a few of its cases.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tpfuse
+from tpfuse import presets
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ALONE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # not under a torchrun of the caller's
+
+# Ranks that this script starts import it again, so they have the same cases.
+FEW_CASES = """
+import os
+from tpfuse import check, cli, reference
+every, right = check.cases, reference.rms_norm
+check.cases = lambda: [case for case in every() if case.width in (24, 72)]
+if os.environ.get("BREAK"):
+    reference.rms_norm = lambda *args, **settings: [y + 1 for y in right(*args, **settings)]
+if __name__ == "__main__":
+    cli.main()
+"""
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on a machine without GPUs."""
+    kept = {name: value for name, value in os.environ.items() if name not in ALONE}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def tpfuse_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "tpfuse.cli", *arguments)
+
+
+@pytest.fixture(scope="module")
+def few_cases(tmp_path_factory: pytest.TempPathFactory) -> str:
+    script = tmp_path_factory.mktemp("cli") / "few_cases.py"
+    script.write_text(FEW_CASES, encoding="utf-8")
+    return str(script)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), ("info", "check", "bench", "--version")),
+        (("bench",), ("ops",)),
+        (("check", "--help"), ("--world", "--device", "--backend", "--mode")),
+        (("bench", "ops", "--help"), ("--preset", "--tokens", "--baseline", "--json", "--plot")),
+    ],
+)
+def test_help(arguments: tuple[str, ...], says: tuple[str, ...]) -> None:
+    done = tpfuse_command(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in says:
+        assert word in done.stdout
+
+
+def test_version() -> None:
+    done = tpfuse_command("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"tpfuse {tpfuse.__version__}\n", "")
+
+
+def test_the_command_is_installed() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).parent / "tpfuse", "--version"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"tpfuse {tpfuse.__version__}\n")
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    done = run("-c", "import sys, tpfuse.cli; sys.exit('torch' in sys.modules)")
+    assert done.returncode == 0
+
+
+def test_info_for_people() -> None:
+    done = tpfuse_command("info")
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in (tpfuse.__version__, "cpu", "gpus none", "backends", "collective", "gloo"):
+        assert word in done.stdout
+
+
+def test_info_as_json() -> None:
+    done = tpfuse_command("info", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert found["versions"]["tpfuse"] == tpfuse.__version__
+    assert found["gpus"] == []
+    assert {"name": "collective", "available": True}.items() <= found["backends"][0].items()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("fly",), "'fly'"),
+        (("--fly",), "--fly"),
+        (("info", "--fly"), "--fly"),
+        (("check", "--world"), "--world"),
+        (("check", "--world", "two"), "--world"),
+        (("check", "--world", "0"), "--world 0: at least 1 rank"),
+        (("check", "--world", "-1"), "--world -1: at least 1 rank"),
+        (("check", "--device", "cuda"), "--device cuda: torch sees no GPU"),
+        (("check", "--device", "abacus"), "--device abacus: supported: cpu, cuda"),
+        (("bench", "ops", "--device", "cuda"), "--device cuda: torch sees no GPU"),
+        (("bench", "ops", "--world", "0"), "--world 0: at least 1 rank"),
+        (("bench", "ops", "--preset", "m2"), f"there are: {', '.join(presets.PRESETS)}"),
+        (("bench", "ops", "--tokens", "1,many"), "'1,many'"),
+        (("bench", "ops", "--tokens", "0"), "tokens '0'"),
+        (("bench", "ops", "--tokens", ""), "tokens ''"),
+        (("bench", "ops", "--baseline", "abacus"), "'abacus'"),
+        (("bench", "ops", "--json", "no/such/folder/x.jsonl"), "no/such/folder"),
+        (("bench", "ops", "--plot", "no/such/folder/x.png"), "no/such/folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_line(arguments: tuple[str, ...], says: str) -> None:
+    done = tpfuse_command(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"tpfuse: error: [^\n]+\n", done.stderr), done.stderr
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("setting", ["--mode", "--backend"])
+def test_what_only_the_ranks_can_refuse_is_one_line_too(setting: str) -> None:
+    done = tpfuse_command("check", "--device", "cpu", "--world", "1", setting, "abacus")
+    assert done.returncode == 2
+    assert re.fullmatch(r"tpfuse: error: [^\n]*'abacus'; supported: [^\n]+\n", done.stderr), done.stderr
+
+
+def test_a_check_that_passes(few_cases: str) -> None:
+    done = run(few_cases, "check", "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 cpu ranks: requested fused, effective control" in done.stdout
+    assert "12 of 12 cases passed" in done.stdout
+    assert "failed" not in done.stdout
+
+
+def test_a_check_that_fails(few_cases: str) -> None:
+    done = run(few_cases, "check", "--device", "cpu", "--world", "1", BREAK="1")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "6 of 12 cases passed" in done.stdout
+    assert "failed rms_norm 24 bfloat16: " in done.stdout
+    assert "failed all_reduce" not in done.stdout
+
+
+def test_check_under_torchrun(few_cases: str) -> None:
+    done = run(*TORCHRUN, few_cases, "check", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("12 of 12 cases passed") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_world_under_torchrun_is_torchruns(few_cases: str) -> None:
+    done = run(*TORCHRUN, few_cases, "check", "--device", "cpu", "--world", "3")
+    assert done.returncode != 0
+    assert "tpfuse: error: --world 3, but torchrun started 2 ranks. Leave --world out.\n" in done.stderr
+
+
+def test_a_benchmark_writes_its_files(tmp_path: Path) -> None:
+    figures, picture = tmp_path / "m2.jsonl", tmp_path / "m2.png"
+    paths = ("--json", str(figures), "--plot", str(picture))
+    done = tpfuse_command("bench", "ops", "--device", "cpu", "--tokens", "1", "--baseline", "gloo", *paths)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in figures.read_text(encoding="utf-8").splitlines()]
+    assert {row["impl"] for row in rows} == {"tpfuse", "gloo"}
+    assert all(row["ok"] for row in rows)
+    assert {row["effective_mode"] for row in rows if row["impl"] == "tpfuse"} == {"control"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(figures) in done.stdout.replace("\n", "")
+    assert str(picture) in done.stdout.replace("\n", "")

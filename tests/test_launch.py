@@ -1,0 +1,157 @@
+"""Starting ranks: results, failures and ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+
+import failing
+import pytest
+import torch
+
+from tpfuse import launch
+from tpfuse.errors import InvalidArgument, PeerTimeout, TpfuseError, Unsupported
+from tpfuse.launch import RankFailed, Ranks, resolve_world, run_ranks
+
+
+def gone(pid):
+    """No process of that number, or one that only waits to be reaped."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+# Results
+
+
+def test_results_come_in_rank_order(on_ranks):
+    results = on_ranks(4, failing.identity, "argument", 7)
+    assert [r[0] for r in results] == [0, 1, 2, 3]
+    assert {r[1:3] for r in results} == {(4, "cpu")}
+    assert len({r[3] for r in results}) == 4  # processes
+    assert all(r[4:] == ("argument", 7) for r in results)
+
+
+def test_ranks_stay_for_the_next_job(on_ranks):
+    assert on_ranks(2, failing.identity) == on_ranks(2, failing.identity)
+
+
+def test_progress_of_rank_0_is_told_once():
+    seen = []
+    with Ranks(1) as ranks:
+        assert ranks.run(failing.counts_progress, 3, progress=lambda *state: seen.append(state)) == [3]
+    assert seen == [(1, 3, "step 1"), (2, 3, "step 2"), (3, 3, "step 3")]
+
+
+# Failures, and what is left after them
+
+
+def test_an_exception_comes_back_with_its_rank_and_traceback():
+    with Ranks(2) as ranks, pytest.raises(RankFailed) as caught:
+        ranks.run(failing.raises, 1)
+    assert str(caught.value).startswith("rank 1: Traceback")
+    assert "in raises" in str(caught.value)
+    assert "KeyError: 'no such weight'" in str(caught.value)
+    assert isinstance(caught.value, TpfuseError)
+
+
+def test_a_rank_that_dies_is_reported_with_its_exit_code_and_nothing_stays():
+    ranks = Ranks(2)
+    pids = [pid for _, _, _, pid in ranks.run(failing.identity)]
+    with pytest.raises(RankFailed, match="rank 1: the process died with exit code 3"):
+        ranks.run(failing.exits, 1, 3)
+    assert all(gone(pid) for pid in pids)
+    ranks.close()  # again, which is fine
+
+
+@pytest.mark.xfail(strict=True, raises=BrokenPipeError, reason="run() sends to the dead rank and shows the broken pipe")
+def test_a_rank_that_was_killed_before_the_job_is_reported():
+    with Ranks(1) as ranks:
+        ranks.run(failing.identity)
+        ranks.kill(0)
+        with pytest.raises(RankFailed, match="rank 0: the process died with exit code -9"):
+            ranks.run(failing.identity)
+
+
+def test_no_process_outlives_its_ranks():
+    before = multiprocessing.active_children()
+    ranks = run_ranks(failing.identity, world=2, device_type="cpu")
+    assert all(gone(pid) for _, _, _, pid in ranks)
+    assert multiprocessing.active_children() == before
+
+
+def test_tensors_of_ranks_that_have_ended_are_there():
+    for rank, y in enumerate(run_ranks(failing.tensors, world=2, device_type="cpu")):
+        assert y.tolist() == [[float(rank)] * 3] * 2
+
+
+# How many ranks
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_cpu_gets_two_ranks_or_as_many_as_asked():
+    assert resolve_world(None, "cpu") == 2
+    assert resolve_world(5, "cpu") == 5
+
+
+def test_gpus_get_a_rank_each(plain):
+    plain.setattr(torch.cuda, "device_count", lambda: 4)
+    assert resolve_world(None, "cuda") == 4
+    assert resolve_world(3, "cuda") == 3
+    with pytest.raises(Unsupported, match="--world 5: this machine has 4 GPUs"):
+        resolve_world(5, "cuda")
+
+
+def test_no_gpu_is_an_error_that_names_the_way_out(plain):
+    plain.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(Unsupported, match=r"sees no GPU on this machine. Use --device cpu"):
+        resolve_world(None, "cuda")
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("world", [0, -1])
+def test_fewer_than_one_rank_is_refused(world):
+    with pytest.raises(InvalidArgument, match=f"--world {world}: at least 1 rank"):
+        resolve_world(world, "cpu")
+
+
+def test_torchrun_says_how_many_ranks_there_are(plain):
+    plain.setenv("RANK", "0")
+    plain.setenv("WORLD_SIZE", "4")
+    assert resolve_world(None, "cpu") == 4
+    assert resolve_world(4, "cpu") == 4
+    with pytest.raises(InvalidArgument, match="--world 2, but torchrun started 4 ranks"):
+        resolve_world(2, "cpu")
+
+
+def test_under_torchrun_the_job_runs_in_this_process(plain):
+    for name, value in {
+        "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port()),
+    }.items():  # fmt: skip
+        plain.setenv(name, value)
+    assert run_ranks(failing.identity, "argument", world=1, device_type="cpu") == [
+        (0, 1, "cpu", os.getpid(), "argument")
+    ]
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_rank_whose_peers_do_not_come_is_a_timeout():
+    began = time.monotonic()
+    with pytest.raises(PeerTimeout, match="rank 0 of 2: not all ranks came within 1 s"):
+        launch.join_group(0, 2, "cpu", f"tcp://127.0.0.1:{launch.free_port()}", 1.0, 0)
+    assert time.monotonic() - began < 10
+    assert not torch.distributed.is_initialized()
+
+
+def test_free_ports_are_free():
+    assert 1024 <= launch.free_port() < 65536
