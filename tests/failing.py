@@ -146,7 +146,3 @@ def counts_progress(rank: Rank, steps: int) -> int:
 
 def tensors(rank: Rank) -> torch.Tensor:
     return torch.full((2, 3), float(rank.rank))
-
-
-def hangs(rank: Rank) -> None:
-    time.sleep(600)

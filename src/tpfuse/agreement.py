@@ -37,7 +37,7 @@ class Board:
         found: dict[int, dict[str, object]] = {}
         for rank in range(self.world):
             key = f"{self._prefix}/{topic}/{rank}"
-            left = max(0.001, deadline - time.monotonic())
+            left = max(0.2, deadline - time.monotonic())  # a busy store needs a while to say that a key is there
             try:
                 self._store.wait([key], timedelta(seconds=left))
                 found[rank] = json.loads(self._store.get(key))

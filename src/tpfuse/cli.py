@@ -129,7 +129,7 @@ def bench_ops(
             progress=progress,
         )
     if _speaks():
-        ops.finish(Console(), records, json, plot)
+        ops.finish(Console(), records, json, plot, preset)
 
 
 def _help_alone(context: typer.Context) -> None:

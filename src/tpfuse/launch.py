@@ -9,6 +9,7 @@ a word is an error too, and no rank outlives the caller.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -200,6 +201,7 @@ def join_group(rank: int, world: int, device_type: str, address: str, timeout: f
 def leave_group() -> None:
     import torch.distributed as dist
 
+    gc.collect()  # an unclosed communicator in a cycle holds its group, and Gloo aborts if that outlives the interpreter
     if dist.is_initialized():
         dist.destroy_process_group()
 

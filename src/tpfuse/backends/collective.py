@@ -32,9 +32,11 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]
 
 from tpfuse import reference
-from tpfuse.errors import RankMismatch, TpfuseError
+from tpfuse.errors import CommunicatorClosed, RankMismatch, TpfuseError
 from tpfuse.plan import OPS, Counter, Facts, Route
 
+# torch 2.13 renamed it and warns about the old name.
+_all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SIGNATURE = struct.Struct("qqqqqq3d")
 
@@ -126,6 +128,9 @@ class Collective:
     def close(self) -> None:
         if self._watchdog is not None:
             self._watchdog.stop()
+        # `fail` leads back to the communicator: without the cycle, the group goes when the caller lets go of it. Gloo
+        # aborts a process that still holds one while the interpreter shuts down.
+        self._fail = _fail_closed
 
     def begin(self, number: int, call: Call, counter: Counter) -> None:
         """Announce a call, whose bytes go to `counter`. On Gloo, compare its signature over the ranks first."""
@@ -183,7 +188,7 @@ class Collective:
         n = x.shape[-1]
         rows = x.contiguous()
         parts = torch.empty(self.world * rows.shape[0], n, dtype=x.dtype, device=x.device)
-        self._run(rows, lambda: dist.all_gather_into_tensor(parts, rows, group=self.group, async_op=True))
+        self._run(rows, lambda: _all_gather(parts, rows, group=self.group, async_op=True))
         whole = parts.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(1).float()
         normed = torch.nn.functional.rms_norm(whole, (self.world * n,), None, eps)
         own = normed[:, self.group.rank() * n : (self.group.rank() + 1) * n]
@@ -220,6 +225,10 @@ class Collective:
         packed = [bytes(t.tolist()) for t in every]
         if any(p != packed[0] for p in packed):
             raise RankMismatch(difference(number, [Call.unpack(p) for p in packed]))
+
+
+def _fail_closed(number: int, call: Call, cause: str) -> TpfuseError:
+    return CommunicatorClosed(f"call #{number}, {call}: the communicator was closed meanwhile ({cause}).")
 
 
 def difference(number: int, calls: list[Call]) -> str:
