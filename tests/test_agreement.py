@@ -98,11 +98,10 @@ def test_a_group_can_be_used_after_a_failure_that_all_ranks_saw(on_ranks):
         assert second.error == ""
 
 
-@pytest.mark.xfail(strict=True, reason="facts that a rank pinned before it gave up are still there for a later rank")
 def test_a_rank_that_comes_after_the_timeout_does_not_get_a_communicator(on_ranks):
     early, late = on_ranks(2, failing.construct_late, 1, 2.5 * QUICK, QUICK)
     assert early.error == "PeerTimeout"
-    assert late.error != ""
+    assert late.error == "PeerTimeout"
 
 
 # One process alone
@@ -131,7 +130,7 @@ def test_under_torchrun_without_torch_distributed_the_error_says_so(monkeypatch)
     ("settings", "error", "text"),
     [
         ({"mode": "turbo"}, InvalidArgument, "mode='turbo'; supported: off, control, fused"),
-        ({"backend": "telepathy"}, InvalidArgument, "backend='telepathy'; supported: auto, collective"),
+        ({"backend": "telepathy"}, InvalidArgument, "backend='telepathy'; supported: auto, .*collective"),
         ({"timeout": 0}, InvalidArgument, "timeout=0; needed: seconds, more than 0"),
         ({"timeout": -3.5}, InvalidArgument, "timeout=-3.5"),
         ({"timeout": float("nan")}, InvalidArgument, "timeout=nan"),

@@ -15,6 +15,8 @@ from rich.console import Console
 from tpfuse.backends import collective
 from tpfuse.plan import MODES, OPS, Counter, Facts, Plan, Report, Route, combined_mode
 
+REASON = "backend cuda needs GPUs, the device is cpu; backend collective has no fused kernels"
+
 
 def route(op="all_reduce", max_rows=None, *, mode="fused", algorithm="one-shot", reason=""):
     return Route(op, max_rows, "cuda", algorithm, mode, reason)
@@ -218,7 +220,7 @@ def test_requested_and_effective_mode_are_different_fields(on_ranks, mode):
         assert report["effective_mode"] == effective
         assert report["plan"]["requested_mode"] == mode
         assert report["plan"]["effective_mode"] == effective
-        assert report["reasons"] == (["backend collective has no fused kernels"] if mode == "fused" else [])
+        assert report["reasons"] == ([REASON] if mode == "fused" else [])
 
 
 def test_a_report_names_rank_device_and_transport(on_ranks):

@@ -46,11 +46,11 @@ class Board:
         return found
 
 
-def agree(board: Board, facts: Mapping[str, object], timeout: float) -> None:
+def agree(board: Board, facts: Mapping[str, object], timeout: float, topic: str = "facts") -> None:
     """Compare `facts` over all ranks. Raises PeerTimeout or RankMismatch, the same on every rank, and no later than
     `timeout` seconds. A rank that failed before pins {"error": text} instead."""
-    board.pin("facts", facts)
-    found = board.read("facts", timeout)
+    board.pin(topic, facts)
+    found = board.read(topic, timeout)
     for rank, other in sorted(found.items()):
         if "error" in other:
             raise TpfuseError(f"Communicator: rank {rank} could not start: {other['error']}")

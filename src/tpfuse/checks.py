@@ -3,6 +3,8 @@ messages are built only when something is wrong."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -63,8 +65,13 @@ def same_shape(op: str, name: str, y: Tensor, x: Tensor) -> None:
 
 
 def output(op: str, out: Tensor, x: Tensor) -> None:
-    """out: like x, dtype included."""
+    """out: like x, dtype included, its rows at one stride."""
     same_shape(op, "out", out, x)
+    if out.dim() > 2 and not viewable(out):
+        raise InvalidArgument(
+            f"{op}: out has shape {list(out.shape)} and strides {out.stride()}; needed: rows at one stride, "
+            "so that the leading dimensions can be viewed as one."
+        )
     if out.dtype != x.dtype:
         raise InvalidArgument(f"{op}: out has dtype {out.dtype}; needed: {x.dtype}, the dtype of the input.")
 
@@ -76,3 +83,9 @@ def same_rows(op: str, q: Tensor, k: Tensor) -> None:
             f"{op}: q is {list(q.shape)} {q.dtype}, k is {list(k.shape)} {k.dtype}; "
             "needed: the same leading dimensions and dtype."
         )
+
+
+def viewable(x: Tensor) -> bool:
+    """Whether the leading dimensions of x can be viewed as one."""
+    leading = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    return all(outer == size * stride for (_, outer), (size, stride) in pairwise(leading))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -20,11 +21,14 @@ from tpfuse import __version__, checks
 from tpfuse.agreement import Board, agree, diagnose
 from tpfuse.backends import collective
 from tpfuse.backends.collective import Call, Collective
+from tpfuse.backends.cuda import backend as cuda_backend
+from tpfuse.backends.cuda.backend import CudaBackend
+from tpfuse.backends.cuda.workspace import availability
 from tpfuse.errors import CommunicatorClosed, InvalidArgument, TpfuseError, Unsupported
 from tpfuse.plan import MODES, Counter, Facts, Plan, Report, Route, combined_mode
 from tpfuse.reference import NormOutput
 
-BACKENDS = ("auto", "collective")
+BACKENDS = ("auto", "cuda", "collective")
 
 _made: dict[str, int] = {}  # communicators made so far on each group, so that every one has its own name
 _by_name: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
@@ -50,7 +54,8 @@ class Communicator:
     group: a torch.distributed process group; None: the default one.
     device: where the tensors live; None: the current GPU if the group serves GPUs, else the CPU.
     mode: "fused", "control" (separate all-reduce and norm) or "off" (as model authors write it: whole rows gathered).
-    backend: "auto" or "collective".
+    backend: "cuda" (own kernels, up to 8 GPUs of one host that reach each other), "collective" (torch.distributed), or
+    "auto": cuda for what it serves, collective for the rest; `plan` says why.
     max_hidden: widest row, in elements of one rank's tensor.
     timeout: seconds after which a rank that does not come is an error.
 
@@ -81,36 +86,55 @@ class Communicator:
         try:
             _check_settings(mode, backend, max_hidden, timeout)
             self.device, self.transport = _resolve_device(self.group, device)
-            facts = Facts(self.world, self.device.type, self.transport, mode, backend, max_hidden)
-            self.plan = Plan(mode, backend, self.world, collective.routes(facts))
         except TpfuseError as error:
             self._board.pin("facts", {"error": str(error)})
             raise
         self.max_hidden, self.timeout = max_hidden, float(timeout)
-        agree(self._board, self._facts(), self.timeout)
-        self._backend = Collective(self.group, self.device, self.transport, self.timeout, mode, self._fail)
+        facts = Facts(self.world, self.device.type, self.transport, mode, backend, max_hidden)
+        agree(self._board, self._settings(facts), self.timeout)
+        self._cuda, reason = self._start_cuda(facts)
+        self.plan = Plan(mode, backend, self.world, plan_routes(facts, reason))
+        agree(self._board, {"plan": self.plan.fingerprint}, self.timeout, "plan")
+        self._collective = Collective(self.group, self.device, self.transport, self.timeout, mode, self._fail)
         _by_name[self.name] = self
         import tpfuse.ops  # noqa: F401  registers torch.ops.tpfuse; here, because it needs `by_name` above
 
-    def _facts(self) -> dict[str, object]:
+    def _settings(self, facts: Facts) -> dict[str, object]:
         """What must be the same on every rank."""
         return {
             "tpfuse": __version__,
             "torch": torch.__version__,
-            "device": self.device.type,
-            "transport": self.transport,
-            "mode": self.plan.requested_mode,
-            "backend": self.plan.requested_backend,
-            "max_hidden": self.max_hidden,
+            "device": facts.device_type,
+            "transport": facts.transport,
+            "mode": facts.mode,
+            "backend": facts.backend,
+            "max_hidden": facts.max_hidden,
             "timeout": self.timeout,
-            "plan": [" | ".join(map(str, vars(route).values())) for route in self.plan.routes],
         }
+
+    def _start_cuda(self, facts: Facts) -> tuple[CudaBackend | None, str]:
+        """The cuda backend, or why there is none; the same on every rank. Collective.
+
+        Raises Unsupported where it was asked for and can't work.
+        """
+        reason: str | None = why_not_cuda(facts)
+        if reason is None:
+            assert self.device.index is not None
+            reason = availability(self._board, self.device.index, self.timeout)
+        if reason is None:
+            try:
+                return CudaBackend(self._board, self.device, self.timeout, self._fail), ""
+            except Unsupported as error:
+                reason = str(error)
+        if facts.backend == "cuda":
+            raise Unsupported(f"Communicator: backend='cuda' can't work here: {reason}. Use backend='auto'.")
+        return None, reason
 
     def prepare(self) -> None:
         """Make everything ready that later calls need. Collective; call it before capturing a CUDA graph."""
         self._check_usable()
         if not self._prepared:
-            self._backend.prepare()
+            self._collective.prepare()
             self._prepared = True
 
     def close(self) -> None:
@@ -118,7 +142,9 @@ class Communicator:
         if not self._closed:
             self._closed = True
             _by_name.pop(self.name, None)
-            self._backend.close()
+            self._collective.close()
+            if self._cuda is not None:
+                self._cuda.close()
 
     def __enter__(self) -> Communicator:
         return self
@@ -157,10 +183,14 @@ class Communicator:
         if out is not None:
             checks.output("rms_norm", out, x)
         call = Call("rms_norm", count_rows(x), x.shape[-1], 0, x.dtype, None, eps, eps, weight_bias)
-        if not self._begin(call):
+        backend = self._begin(call)
+        if backend is None:
             return empty(x) if out is None else out
-        y = self._backend.rms_norm(rows(x), weight, eps, weight_bias).view(x.shape)
-        return y if out is None else out.copy_(y)
+        if isinstance(backend, Collective):
+            return given(backend.rms_norm(rows(x), weight, eps, weight_bias), x, out)
+        y = empty(x) if out is None else out
+        backend.rms_norm(rows(x), weight, eps, weight_bias, rows(y))
+        return y
 
     def qk_rms_norm(
         self,
@@ -177,7 +207,7 @@ class Communicator:
 
         q and k may be views of one fused qkv tensor. eps: one number, or a pair for q and k. `out=(q, k)`: in place.
         """
-        q_eps, k_eps = eps if isinstance(eps, tuple) else (eps, eps)
+        q_eps, k_eps = pair(eps)
         if torch.compiler.is_compiling():
             y = torch.ops.tpfuse.qk_rms_norm(q, k, q_weight, k_weight, self.name, q_eps, k_eps, weight_bias)
             return (y[0], y[1]) if out is None else (out[0].copy_(y[0]), out[1].copy_(y[1]))
@@ -190,11 +220,17 @@ class Communicator:
             checks.output("qk_rms_norm", out[0], q)
             checks.output("qk_rms_norm", out[1], k)
         call = Call("qk_rms_norm", count_rows(q), q.shape[-1], k.shape[-1], q.dtype, None, q_eps, k_eps, weight_bias)
-        if not self._begin(call):
+        backend = self._begin(call)
+        if backend is None:
             return (empty(q), empty(k)) if out is None else out
-        y = self._backend.qk_rms_norm(rows(q), rows(k), q_weight, k_weight, q_eps, k_eps, weight_bias)
-        y = (y[0].view(q.shape), y[1].view(k.shape))
-        return y if out is None else (out[0].copy_(y[0]), out[1].copy_(y[1]))
+        if isinstance(backend, Collective):
+            normed = backend.qk_rms_norm(rows(q), rows(k), q_weight, k_weight, q_eps, k_eps, weight_bias)
+            q_out, k_out = (None, None) if out is None else out
+            return given(normed[0], q, q_out), given(normed[1], k, k_out)
+        y = (empty(q), empty(k)) if out is None else out
+        into = (rows(y[0]), rows(y[1]))
+        backend.qk_rms_norm(rows(q), rows(k), q_weight, k_weight, q_eps, k_eps, weight_bias, into)
+        return y
 
     def all_reduce(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The sum of every rank's x `[..., H]`, in fp32 and rounded once; in `out` if given (may be x)."""
@@ -205,10 +241,9 @@ class Communicator:
         if out is not None:
             checks.output("all_reduce", out, x)
         call = Call("all_reduce", count_rows(x), x.shape[-1], 0, x.dtype, None, 0.0, 0.0, 0.0)
-        if not self._begin(call):
+        if self._begin(call) is None:
             return empty(x) if out is None else out
-        y = self._backend.all_reduce(rows(x)).view(x.shape)
-        return y if out is None else out.copy_(y)
+        return given(self._collective.all_reduce(rows(x)), x, out)
 
     def all_reduce_rms_norm(
         self,
@@ -247,30 +282,34 @@ class Communicator:
         call = Call(
             "all_reduce_rms_norm", count_rows(x), x.shape[-1], 0, x.dtype, residual_dtype, eps, eps, weight_bias
         )
-        if not self._begin(call):
+        if self._begin(call) is None:
             return NormOutput(empty(x), None if residual is None else empty(residual), None, None)
         stream = None if residual is None else rows(residual)
-        norm, new = self._backend.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias)
+        norm, new = self._collective.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias)
         return NormOutput(norm.view(x.shape), None if new is None else new.view(x.shape), None, None)
 
-    def _begin(self, call: Call) -> bool:
-        """Announce a call and count it. False: there are no rows to work on."""
+    def _begin(self, call: Call) -> Collective | CudaBackend | None:
+        """Announce a call, count it, and return who serves it; None: there are no rows to work on."""
         self._check_usable()
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.device.type == "cuda" and not self._prepared:
+        gpu = self.device.type == "cuda"
+        capturing = gpu and torch.cuda.is_current_stream_capturing()
+        if gpu and not self._prepared:
             if capturing:
                 raise Unsupported(
                     f"{call.op}: first call of {self!r} inside a CUDA graph capture. "
                     "Call prepare() on every rank before."
                 )
             self.prepare()
-        counter = self._counter(self.plan.route(call.op, call.rows))
+        route = self.plan.route(call.op, call.rows)
+        counter = self._counter(route)
         counter.calls += 1
         counter.rows += call.rows
         counter.captured += capturing
         self._number += 1
-        self._backend.begin(self._number, call, counter)
-        return call.rows > 0
+        backend = self._cuda if route.backend == "cuda" else self._collective
+        assert backend is not None
+        backend.begin(self._number, call, counter)
+        return backend if call.rows > 0 else None
 
     def _counter(self, route: Route) -> Counter:
         found = self._counters.get(id(route))
@@ -283,6 +322,8 @@ class Communicator:
             raise CommunicatorClosed(f"communicator {self.name} is closed; make a new one.")
         if self._failure is not None:
             raise self._failure
+        if self._cuda is not None:
+            self._cuda.check()
 
     def _fail(self, number: int, call: Call, cause: str) -> TpfuseError:
         """Find out who is missing in a call that failed, and stay failed: the group is not usable any more."""
@@ -303,6 +344,41 @@ def rows(x: Tensor) -> Tensor:
 def empty(x: Tensor) -> Tensor:
     """A contiguous tensor like x, not filled: results are contiguous whatever the strides of the input are."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def pair(eps: float | tuple[float, float]) -> tuple[float, float]:
+    """eps of q and of k."""
+    if isinstance(eps, (int, float)):
+        return eps, eps
+    if len(eps) != 2:
+        raise InvalidArgument(f"qk_rms_norm: eps={eps!r}; needed: one number, or two, for q and for k.")
+    return eps[0], eps[1]
+
+
+def given(y: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    """The rows y in the shape of x, in `out` if there is one."""
+    return y.view(x.shape) if out is None else out.copy_(y.view(x.shape))
+
+
+def why_not_cuda(facts: Facts) -> str | None:
+    """Why the cuda backend is not even tried, from what is known without asking the other ranks."""
+    if facts.mode != "fused":
+        return f"mode {facts.mode} does without fused kernels"
+    if facts.backend == "collective":
+        return "backend collective was asked for, and has no fused kernels"
+    if facts.device_type != "cuda":
+        return f"backend cuda needs GPUs, the device is {facts.device_type}; backend collective has no fused kernels"
+    return "one rank: there is no exchange" if facts.world == 1 else None
+
+
+def plan_routes(facts: Facts, reason: str) -> tuple[Route, ...]:
+    """A route for every op: cuda's where there are kernels for it and `reason` doesn't speak against them."""
+    served = {} if reason else cuda_backend.routes()
+    without = reason or "backend cuda has no kernel for this op yet"
+    return tuple(
+        served.get(route.op) or replace(route, reason=without if facts.mode == "fused" else "")
+        for route in collective.routes(facts)
+    )
 
 
 def _resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -201,7 +201,7 @@ def join_group(rank: int, world: int, device_type: str, address: str, timeout: f
 def leave_group() -> None:
     import torch.distributed as dist
 
-    gc.collect()  # an unclosed communicator in a cycle holds its group, and Gloo aborts if that outlives the interpreter
+    gc.collect()  # an unclosed communicator holds its group in a cycle; Gloo aborts if that outlives the interpreter
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -71,6 +71,11 @@ class Plan:
     def effective_mode(self) -> str:
         return combined_mode(route.mode for route in self.routes)
 
+    @property
+    def fingerprint(self) -> list[str]:
+        """The routes as text, for the comparison between ranks."""
+        return [" | ".join(map(str, vars(route).values())) for route in self.routes]
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"effective_mode": self.effective_mode}
 

@@ -1,5 +1,5 @@
-"""The `collective` backend over NCCL: asynchronous, so a rank that does not come is found by the watchdog, and calls may
-be captured into CUDA graphs. The numbers are `tpfuse check --device cuda`'s."""
+"""The `collective` backend over NCCL: asynchronous, so a rank that does not come is found by the watchdog, and calls
+may be captured into CUDA graphs. The numbers are `tpfuse check --device cuda`'s."""
 
 from __future__ import annotations
 

@@ -346,10 +346,11 @@ void norm_by_warp(const TPF_GRID_CONSTANT NormArgs a) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Some rows: a warp has a whole row, so nothing is shared between warps, and one packet a rank carries both sums.
 
-template <u32 W>
-TPF_DEVICE u64 row_slot(u64 workspace, u32 step, u32 place, u32 source) {
-  return workspace + NormSlots::row_slots + ((u64(place) * kRowRing + step % kRowRing) * kMaxWorld + source) * 16;
+// A place's ring: kRowRing slots for each source rank.
+TPF_DEVICE u64 row_slots(u64 workspace, u32 place, u32 source) {
+  return workspace + NormSlots::row_slots + (u64(place) * kRowRing * kMaxWorld + source) * 16;
 }
+TPF_DEVICE u32 row_slot(u32 step) { return step % kRowRing * kMaxWorld * 16; }
 
 // Sums each of kCount values (a power of two) over the 32 lanes and then the results over each other, both by halves; every
 // lane gets the total. The exchange of halves is fold_lanes' trick.
@@ -385,11 +386,15 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
     u32 t = g >= kGroups0 ? 1 : 0;
     load_gamma(a, t, (t ? g - kGroups0 : g) * kGroupElements + lane() * kLaneElements, gammas[g][lane()]);
   }
+  // All that does not depend on earlier grids comes before the wait: it costs nothing there.
+  u32 place = block_index() * kWarps + warp_index(), peer = lane() < W ? lane() : 0;
+  u64 own_space = workspace_of<W>(a, a.rank);
+  u64 inbox = row_slots(own_space, place, peer), outbox = row_slots(workspace_of<W>(a, peer), place, a.rank);
+  u32* counter = reinterpret_cast<u32*>(own_space + NormSlots::row_counters) + place;
   barrier();
+
   dependency_trigger();
   dependency_wait();
-  u32 place = block_index() * kWarps + warp_index();
-  u32* counter = reinterpret_cast<u32*>(workspace_of<W>(a, a.rank) + NormSlots::row_counters) + place;
   u32 step = load_global(counter);
 
   for (u32 row = place; row < a.rows; row += grid_size() * kWarps) {
@@ -409,11 +414,9 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
     float q_sum = fold_all(q), k_sum = kGroups1 > 0 ? fold_all(k) : 0.0f;
     ++step;
     bool waits = lane() < W;
-    if (waits)
-      store_system(reinterpret_cast<Vec16*>(row_slot<W>(workspace_of<W>(a, lane()), step, place, a.rank)),
-                   Vec16{{bits_of(q_sum), bits_of(k_sum), step, 0}});
-    const Vec16* slot =
-        reinterpret_cast<const Vec16*>(row_slot<W>(workspace_of<W>(a, a.rank), step, place, waits ? lane() : 0));
+    Vec16 sent{{bits_of(q_sum), bits_of(k_sum), step, 0}};
+    if (waits) store_system(reinterpret_cast<Vec16*>(outbox + row_slot(step)), sent);
+    const Vec16* slot = reinterpret_cast<const Vec16*>(inbox + row_slot(step));
     Vec16 packet = {};
     Patience patience;
     while (waits) {
@@ -590,23 +593,22 @@ struct BlockStep {
     return true;
   }
 
-  TPF_DEVICE void store(u32 chunk, const Rows& rows, const Inverses& inverses, const float (&gamma)[kVectors][8]) const {
+  TPF_DEVICE void store(u32 chunk, u32 v, const Rows& rows, const Inverses& inverses, const float* gamma) const {
+    bool k = tensor(v) == 1;
     TPF_UNROLL
     for (u32 r = 0; r < kRows; ++r) {
       u32 row = first_row(chunk) + r;
-      TPF_UNROLL
-      for (u32 v = 0; v < kVectors; ++v) {
-        bool k = tensor(v) == 1;
-        T* y = reinterpret_cast<T*>(k ? a.y[1] : a.y[0]) + row * (k ? a.y_stride[1] : a.y_stride[0]);
-        Lane<T> lane = normed(rows[r][v], inverses.of[r][kTensors == 2 ? tensor(v) : 0], gamma[v]);
-        store_lane<T, kAligned>(y, at(v), row < a.rows ? (k ? a.width[1] : a.width[0]) : 0, lane);
-      }
+      T* y = reinterpret_cast<T*>(k ? a.y[1] : a.y[0]) + row * (k ? a.y_stride[1] : a.y_stride[0]);
+      Lane<T> lane = normed(rows[r][v], inverses.of[r][k ? 1 : 0], gamma);
+      store_lane<T, kAligned>(y, at(v), row < a.rows ? (k ? a.width[1] : a.width[0]) : 0, lane);
     }
   }
 };
 
 // Block: 32 threads for every kVectors groups of both tensors. Grid: at most kBlockBlocks.
-template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kAligned, u32 kThreads, u32 kResident>
+// kDeep: the next rows are loaded while this chunk's sums are exchanged, and gamma stays in registers; wide rows have no
+// registers for either.
+template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, u32 kThreads, u32 kResident>
 TPF_KERNEL(kThreads, kResident)
 void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   using Step = BlockStep<T, kTensors, W, kVectors, kRows, kAligned>;
@@ -616,7 +618,7 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   Step work(a);
   float gamma[kVectors][8];
   TPF_UNROLL
-  for (u32 v = 0; v < kVectors; ++v) load_gamma(a, work.tensor(v), work.at(v), gamma[v]);
+  for (u32 v = 0; kDeep && v < kVectors; ++v) load_gamma(a, work.tensor(v), work.at(v), gamma[v]);
   if (thread_index() == 0) failed = 0;
 
   dependency_trigger();
@@ -625,11 +627,12 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   u32 step = warp_index() == 0 ? load_global(counter) : 0;
   u32 chunks = (a.rows + kRows - 1) / kRows;
   typename Step::Rows rows, loading;
-  work.load(block_index(), rows);
+  if (kDeep) work.load(block_index(), rows);
   for (u32 chunk = block_index(); chunk < chunks; chunk += grid_size()) {
     ++step;
+    if (!kDeep) work.load(chunk, rows);
     work.reduce(rows, sums);
-    work.load(chunk + grid_size(), loading);  // nothing where there is no such chunk
+    if (kDeep) work.load(chunk + grid_size(), loading);  // nothing where there is no such chunk
     barrier();
     if (warp_index() == 0) {
       work.send(chunk, step, sums);
@@ -637,9 +640,13 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
     }
     barrier();
     if (failed) return;
-    work.store(chunk, rows, inverses, gamma);
     TPF_UNROLL
-    for (u32 r = 0; r < kRows; ++r) {
+    for (u32 v = 0; v < kVectors; ++v) {
+      if (!kDeep) load_gamma(a, work.tensor(v), work.at(v), gamma[v]);
+      work.store(chunk, v, rows, inverses, gamma[v]);
+    }
+    TPF_UNROLL
+    for (u32 r = 0; kDeep && r < kRows; ++r) {
       TPF_UNROLL
       for (u32 v = 0; v < kVectors; ++v) rows[r][v] = loading[r][v];
     }

@@ -1,0 +1,221 @@
+"""`rms_norm` and `qk_rms_norm` of the cuda backend: which kernel serves which shape, and its launch.
+
+The kernels and their protocol are in kernels/sharded_norm.h. This file decides by shape alone (rows, widths, dtype,
+alignment), so that every rank launches the same kernel with the same grid.
+
+Which kernel (4x H200, 1536 + 256 columns a rank; benchmarks/results/ has the figures):
+- `row`: a warp has a whole row. Fewest steps between arrival and store; best up to ROW_KERNEL_ROWS rows, where every
+  row still has a warp of its own. A row has to fit a warp's registers.
+- `block`: a block has 1 to 4 rows at a time and works ahead. Everything else.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpfuse.backends.cuda import attribute
+from tpfuse.backends.cuda.compile import arch_of, compile_kernel, load
+from tpfuse.backends.cuda.launch import Launcher
+from tpfuse.backends.cuda.workspace import Workspace
+from tpfuse.errors import Unsupported
+
+SOURCE = '#include "sharded_norm.h"\n'
+OPS = {"rms_norm": 1, "qk_rms_norm": 2}  # number of tensors; also the `op` of an error record
+KINDS = {torch.float32: "float", torch.bfloat16: "tpfuse::bf16", torch.float16: "tpfuse::f16"}
+GAMMA_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+ROW_KERNEL_ROWS = 2048
+ROW_WARPS = 4  # rows, and warps, of a block of the row kernel
+ROW_RESIDENT = 4
+RESIDENT_THREADS = 896  # of the block kernel on a multiprocessor: leaves 72 registers a thread
+GROUP = 256  # elements of a group: 32 lanes of 8
+
+FIXED = struct.Struct("8QQQII")  # workspaces, error record, timeout, rank, op
+LAYOUT = "6Q4q5I5f"
+
+
+@cache
+def constant(name: str) -> int:
+    """A constant that the kernels define, out of their source."""
+    header = Path(__file__).parents[2] / "kernels" / "sharded_norm.h"
+    found = re.search(rf"constexpr u32 {name} = (\d+);", header.read_text(encoding="utf-8"))
+    assert found is not None, name
+    return int(found[1])
+
+
+def workspace_bytes() -> int:
+    """What the kernels need of a workspace: NormSlots::bytes."""
+    slots = 8 * 16  # one packet of every rank
+    blocks = constant("kBlockBlocks") * (4 + constant("kBlockRing") * constant("kBlockRows") * slots)
+    rows = constant("kRowPlaces") * (4 + constant("kRowRing") * slots)
+    return blocks + rows + 4096  # alignment between the parts
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel. `groups`: of 256 elements, of each tensor."""
+
+    kernel: str  # "row" or "block"
+    dtype: torch.dtype
+    world: int
+    groups: tuple[int, ...]
+    rows: int  # that a block has at a time
+    aligned: bool
+
+    @property
+    def vectors(self) -> int:
+        """Groups that a warp of the block kernel holds of a row."""
+        return power_of_two(-(-sum(self.groups) // 32))
+
+    @property
+    def deep(self) -> bool:
+        """Whether the block kernel has the registers to work ahead."""
+        return self.aligned and sum(self.groups) <= 16
+
+    @property
+    def threads(self) -> int:
+        return 32 * (ROW_WARPS if self.kernel == "row" else -(-sum(self.groups) // self.vectors))
+
+    @property
+    def resident(self) -> int:
+        """Blocks on a multiprocessor that the registers are budgeted for."""
+        return ROW_RESIDENT if self.kernel == "row" else max(1, min(16, RESIDENT_THREADS // self.threads))
+
+    @property
+    def register_budget(self) -> int:
+        return min(255, 65536 // (self.resident * self.threads) // 8 * 8)
+
+    @property
+    def name_expression(self) -> str:
+        kind, aligned = KINDS[self.dtype], str(self.aligned).lower()
+        if self.kernel == "row":
+            padded = [power_of_two(n) for n in self.groups] + [0] * (2 - len(self.groups))
+            template = (kind, self.world, *padded, aligned, ROW_WARPS, self.resident)
+            return f"tpfuse::norm_by_row<{', '.join(map(str, template))}>"
+        deep = str(self.deep).lower()
+        template = (kind, len(self.groups), self.world, self.vectors, self.rows, deep, aligned)
+        return f"tpfuse::norm_by_block<{', '.join(map(str, (*template, self.threads, self.resident)))}>"
+
+    def grid(self, rows: int, multiprocessors: int) -> int:
+        chunks = -(-rows // self.rows)
+        if self.kernel == "row":
+            return min(chunks, constant("kRowPlaces") // ROW_WARPS)
+        return min(chunks, constant("kBlockBlocks"), self.resident * multiprocessors)
+
+
+def choose(rows: int, widths: Sequence[int], dtype: torch.dtype, world: int, aligned: bool) -> Variant:
+    """The kernel for a shape. A function of what is the same on every rank."""
+    groups = tuple(-(-width // GROUP) for width in widths)
+    held = sum(map(power_of_two, groups)) * dtype.itemsize  # registers of a row in a warp: 2 for each
+    if rows <= ROW_KERNEL_ROWS and held <= 20:
+        return Variant("row", dtype, world, groups, ROW_WARPS, aligned)
+    most = (8 if aligned else 4) // dtype.itemsize if sum(groups) <= 16 else 1
+    return Variant("block", dtype, world, groups, most if rows > ROW_KERNEL_ROWS // 2 else 1, aligned)
+
+
+def variants(worlds: Sequence[int] = (2, 3, 4, 8)) -> Iterator[Variant]:
+    """A sample of what `choose` can ask for, for compile checks: every template with its extreme shapes."""
+    shapes = (
+        (256,),
+        (2048,),
+        (4096,),
+        (8192,),
+        (16384,),
+        (1536, 256),
+        (768, 128),
+        (3072, 512),
+        (6144, 1024),
+        (16384, 16384),
+    )
+    seen = set()
+    for world, widths, dtype, rows, aligned in product(worlds, shapes, KINDS, (1, 100_000), (True, False)):
+        variant = choose(rows, widths, dtype, world, aligned)
+        if variant not in seen:
+            seen.add(variant)
+            yield variant
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+class ShardedNorm:
+    """Launches the kernels for one communicator."""
+
+    def __init__(self, device: torch.device, rank: int, world: int, space: Workspace, timeout: float) -> None:
+        assert device.index is not None
+        self._device, self._index, self._world = device, device.index, world
+        self._arch = arch_of(device.index)
+        self._multiprocessors = attribute(device.index, "MULTIPROCESSOR_COUNT")
+        bases = (*space.bases, *[0] * (8 - world))
+        self._fixed = {
+            count: FIXED.pack(*bases, space.error_pointer, int(timeout * 1e9), rank, count) for count in OPS.values()
+        }
+        self._launchers: dict[Variant, Launcher] = {}
+        self._chosen: dict[Any, tuple[Launcher, int]] = {}
+
+    def __call__(
+        self,
+        xs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        ys: Sequence[Tensor],
+        eps: Sequence[float],
+        weight_bias: float,
+        stream: int,
+    ) -> None:
+        """ys = norm of xs: one tensor, or q and k. `[T, n]` each, T > 0, elements of a row contiguous; ys may be xs."""
+        x, y, w = xs[0], ys[0], weights[0]
+        x2, y2, w2 = (xs[1], ys[1], weights[1]) if len(xs) == 2 else (x, y, w)
+        rows, n, m = x.shape[0], x.shape[1], x2.shape[1]
+        pointers = (x.data_ptr(), x2.data_ptr(), y.data_ptr(), y2.data_ptr())
+        strides = (x.stride(0), x2.stride(0), y.stride(0), y2.stride(0))
+        aligned = whole_vectors(x.element_size(), pointers, strides, n, m)
+        key = (rows, n, m if len(xs) == 2 else 0, x.dtype, aligned)
+        start = self._chosen.get(key)
+        if start is None:
+            start = self._chosen[key] = self._choose(rows, tuple(t.shape[1] for t in xs), x.dtype, aligned)
+        launcher, grid = start
+        launcher(
+            grid, stream, *pointers, w.data_ptr(), w2.data_ptr(), *strides, rows, n, m,
+            GAMMA_CODES[w.dtype], GAMMA_CODES[w2.dtype], eps[0], eps[-1],
+            1.0 / (n * self._world), 1.0 / (m * self._world), weight_bias,
+        )  # fmt: skip
+
+    def _choose(self, rows: int, widths: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> tuple[Launcher, int]:
+        variant = choose(rows, widths, dtype, self._world, aligned)
+        return self._launcher(variant), variant.grid(rows, self._multiprocessors)
+
+    def _launcher(self, variant: Variant) -> Launcher:
+        found = self._launchers.get(variant)
+        if found is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise Unsupported(
+                    f"sharded norm: the kernel for {variant.groups} groups of {variant.dtype} is not compiled yet, and "
+                    "a CUDA graph is being captured. Call it once with this dtype and these widths before the capture."
+                )
+            made = compile_kernel(SOURCE, variant.name_expression, arch=self._arch)
+            found = self._launchers[variant] = Launcher(
+                load(made, self._index), LAYOUT, fixed=self._fixed[len(variant.groups)], block=variant.threads, pdl=True
+            )
+        return found
+
+
+def whole_vectors(itemsize: int, pointers: Sequence[int], strides: Sequence[int], *widths: int) -> bool:
+    """Whether rows begin and end at 16-byte vectors of 8 elements."""
+    bytes_off = 0
+    for pointer in pointers:
+        bytes_off |= pointer
+    for stride in strides:
+        bytes_off |= stride * itemsize
+    return bytes_off % 16 == 0 and all(width % 8 == 0 for width in widths)

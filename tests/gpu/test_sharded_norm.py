@@ -1,0 +1,246 @@
+"""`rms_norm` and `qk_rms_norm` of the cuda backend on real GPUs: bit for bit the reference, eager and replayed,
+whatever else runs beside it, and an error instead of a hang when a rank does not come."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tpfuse import Communicator, check, reference
+from tpfuse.errors import TpfuseError
+from tpfuse.launch import Rank, RankFailed, Ranks
+
+GUARD = 1234.0
+
+
+@pytest.fixture(scope="module", params=[pytest.param(w, marks=pytest.mark.gpu(w)) for w in (2, 3, 4)])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    with Ranks(request.param, "cuda") as started:
+        yield started
+
+
+class Problem:
+    """Rows of q and k of all ranks, of very different scale, and what this rank must get."""
+
+    def __init__(self, rank: Rank, rows: int, n: int = 1536, m: int = 256, dtype: torch.dtype = torch.bfloat16) -> None:
+        generator = torch.Generator("cuda").manual_seed(1000 * rows + n)
+        qkv = [torch.randn(rows, n + 2 * m, generator=generator, device="cuda") * 4.0**r for r in range(rank.world)]
+        self.qkv = [x.to(dtype) for x in qkv]
+        self.weights = [torch.randn(n + m, generator=generator, device="cuda") for _ in range(rank.world)]
+        self.n, self.m, self.rank = n, m, rank.rank
+        qs, ks = [x[:, :n] for x in self.qkv], [x[:, n : n + m] for x in self.qkv]
+        q_weights, k_weights = [w[:n] for w in self.weights], [w[n:] for w in self.weights]
+        self.want = reference.qk_rms_norm(qs, ks, q_weights, k_weights)[rank.rank]
+        self.own = self.qkv[rank.rank].clone()
+
+    def run(self, comm: Communicator, x: Tensor, out: Tensor) -> None:
+        n, end = self.n, self.n + self.m
+        w = self.weights[self.rank]
+        comm.qk_rms_norm(x[:, :n], x[:, n:end], w[:n], w[n:], out=(out[:, :n], out[:, n:end]))
+
+    def right(self, out: Tensor) -> bool:
+        """Every element is the reference's, and v, which lies behind k in the same rows, is what it was."""
+        n, end = self.n, self.n + self.m
+        whole = torch.equal(out[:, :n], self.want[0]) and torch.equal(out[:, n:end], self.want[1])
+        return whole and bool((out[:, end:] == GUARD).all())
+
+
+def guarded(x: Tensor) -> Tensor:
+    return torch.full_like(x, GUARD)
+
+
+def check_against_the_reference(rank: Rank) -> list[str]:
+    with Communicator(backend="cuda") as comm:
+        outcomes = [check.run_case(comm, case) for case in check.cases() if case.op in ("rms_norm", "qk_rms_norm")]
+        assert {c.route.backend for c in comm.report().counters} == {"cuda"}
+        assert comm.report().effective_mode == "fused"
+        return [f"{o.case}: {o.error or o.where}" for o in outcomes if not o.ok]
+
+
+def test_every_case_of_the_check_is_bit_for_bit_the_reference(ranks: Ranks) -> None:
+    assert ranks.run(check_against_the_reference) == [[]] * ranks.world
+
+
+def replays(rank: Rank, times: int) -> list[int]:
+    """A graph of calls of mixed sizes on one workspace, replayed many times on outputs that are poisoned each time."""
+    with Communicator(backend="cuda") as comm:
+        problems = [Problem(rank, rows) for rows in (1, 700, 3, 2500, 64, 1, 129)]
+        outs = [guarded(p.own) for p in problems]
+        for problem, out in zip(problems, outs, strict=True):
+            problem.run(comm, problem.own, out)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for problem, out in zip(problems, outs, strict=True):
+                problem.run(comm, problem.own, out)
+        wrong = 0
+        for turn in range(times):
+            if turn % 100 == 0:
+                for out in outs:
+                    out.fill_(GUARD)
+            graph.replay()
+            if turn % 100 == 0:
+                problems[1].run(comm, problems[1].own, outs[1])  # an eager call between replays
+                wrong += sum(not p.right(out) for p, out in zip(problems, outs, strict=True))
+        torch.cuda.synchronize()
+        wrong += sum(not p.right(out) for p, out in zip(problems, outs, strict=True))
+        return [wrong, sum(c.captured for c in comm.report().counters)]
+
+
+def test_thousands_of_replays_of_mixed_sizes(ranks: Ranks) -> None:
+    assert ranks.run(replays, 2000) == [[0, 7]] * ranks.world
+
+
+def in_place(rank: Rank) -> bool:
+    with Communicator(backend="cuda") as comm:
+        problem = Problem(rank, 40)
+        x = problem.own.clone()
+        x[:, problem.n + problem.m :] = GUARD
+        problem.run(comm, x, x)
+        return problem.right(x)
+
+
+def test_in_place(ranks: Ranks) -> None:
+    assert ranks.run(in_place) == [True] * ranks.world
+
+
+def two_streams(rank: Rank) -> int:
+    """Calls hop between two streams; each stream delays itself now and then."""
+    with Communicator(backend="cuda") as comm:
+        comm.prepare()
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        problems = [Problem(rank, rows) for rows in (5, 300, 1, 2200)] * 5
+        outs = [guarded(p.own) for p in problems]
+        torch.cuda.synchronize()
+        for i, (problem, out) in enumerate(zip(problems, outs, strict=True)):
+            with torch.cuda.stream(streams[i % 2]):
+                if i % 3 == rank.rank % 3:
+                    torch.cuda._sleep(1_000_000)
+                problem.run(comm, problem.own, out)
+        torch.cuda.synchronize()
+        return sum(not p.right(out) for p, out in zip(problems, outs, strict=True))
+
+
+def test_calls_from_two_streams_keep_their_order(ranks: Ranks) -> None:
+    assert ranks.run(two_streams) == [0] * ranks.world
+
+
+def several_communicators(rank: Rank) -> int:
+    """Two communicators of one group, with calls of one between calls of the other; and late ranks."""
+    with Communicator(backend="cuda") as one, Communicator(backend="cuda") as other:
+        wrong = 0
+        for i in range(30):
+            problem = Problem(rank, 1 + 37 * i % 500, dtype=torch.float16)
+            out = guarded(problem.own)
+            if i % rank.world == rank.rank:
+                torch.cuda._sleep(3_000_000)
+            problem.run((one, other)[i % 2], problem.own, out)
+            wrong += not problem.right(out)
+        return wrong
+
+
+def test_two_communicators_and_late_ranks(ranks: Ranks) -> None:
+    assert ranks.run(several_communicators) == [0] * ranks.world
+
+
+def uncompiled_in_a_capture(rank: Rank) -> str:
+    with Communicator(backend="cuda") as comm:
+        comm.prepare()
+        x, weight = torch.ones(3, 512, device="cuda"), torch.ones(512, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            try:
+                comm.rms_norm(x, weight)
+            except TpfuseError as error:
+                return str(error)
+        return ""
+
+
+def test_a_kernel_that_is_not_compiled_yet_is_an_error_inside_a_capture(ranks: Ranks) -> None:
+    for message in ranks.run(uncompiled_in_a_capture):
+        assert "Call it once with this dtype and these widths before the capture" in message
+
+
+def lonely_call(rank: Rank, absent: int) -> tuple[str, float]:
+    """All ranks but one make a call; then each asks what came of it."""
+    with Communicator(backend="cuda", timeout=2.0) as comm:
+        problem = Problem(rank, 6)
+        out = guarded(problem.own)
+        problem.run(comm, problem.own, out)  # all take part: kernels are compiled now
+        torch.cuda.synchronize()
+        dist.barrier()
+        began = time.monotonic()
+        if rank.rank == absent:
+            return "", 0.0
+        problem.run(comm, problem.own, out)
+        torch.cuda.synchronize()
+        return error_of(comm), time.monotonic() - began
+
+
+def error_of(comm: Communicator) -> str:
+    try:
+        comm.prepare()
+    except TpfuseError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def rows_that_differ(rank: Rank) -> str:
+    with Communicator(backend="cuda", timeout=2.0) as comm:
+        problem = Problem(rank, 3 if rank.rank == 0 else 9)
+        problem.run(comm, problem.own, guarded(problem.own))
+        torch.cuda.synchronize()
+        return error_of(comm)
+
+
+@pytest.fixture(params=[pytest.param(w, marks=pytest.mark.gpu(w)) for w in (2, 4)])
+def fresh(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """Ranks of their own, for what leaves a rank behind."""
+    with Ranks(request.param, "cuda") as started:
+        yield started
+
+
+def test_a_rank_that_does_not_come_is_an_error_that_names_it(fresh: Ranks) -> None:
+    results: list[Any] = fresh.run(lonely_call, fresh.world - 1)
+    for message, seconds in results[:-1]:
+        assert message.startswith("PeerTimeout: ")
+        assert f"rank {fresh.world - 1} did not" in message
+        assert 1.5 < seconds < 15
+
+
+def test_rows_that_differ_between_ranks_are_an_error(fresh: Ranks) -> None:
+    messages: list[str] = fresh.run(rows_that_differ)
+    assert any(m.startswith(("PeerTimeout: ", "RankMismatch: ")) for m in messages), messages
+
+
+def call_until_one_dies(rank: Rank, folder: str) -> None:
+    """The last rank's process is killed after a second; the others go on calling and write down what they get."""
+    with Communicator(backend="cuda", timeout=2.0) as comm:
+        problem = Problem(rank, 6)
+        out = guarded(problem.own)
+        began = time.monotonic()
+        try:
+            while time.monotonic() - began < 60:
+                problem.run(comm, problem.own, out)
+                torch.cuda.synchronize()
+                if rank.rank == rank.world - 1 and time.monotonic() - began > 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        except TpfuseError as error:
+            (Path(folder) / str(rank.rank)).write_text(f"{type(error).__name__}: {error}")
+
+
+def test_a_killed_rank_gives_peer_timeout_on_the_others(fresh: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match="died with exit code -9"):
+        fresh.run(call_until_one_dies, str(tmp_path))
+    for rank in range(fresh.world - 1):
+        message = (tmp_path / str(rank)).read_text()
+        assert message.startswith("PeerTimeout: ")
+        assert f"rank {fresh.world - 1} did not" in message

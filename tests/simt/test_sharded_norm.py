@@ -1,0 +1,212 @@
+"""The real kernels of sharded_norm.h in the emulated machine: every bit right, whatever interleaving a seed draws.
+
+norm_driver.cpp has an oracle of its own in C++, and here that oracle is anchored: what the driver dumps is compared
+with tpfuse.reference. The tests themselves are tested by mutation: each line that a race depends on is taken out of the
+kernels, and a bounded number of seeds has to notice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import struct
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tpfuse import reference
+
+from .build import KERNELS, build, cache_folder, compiler, run
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no host C++ compiler")
+
+HEADER = (KERNELS / "sharded_norm.h").read_text()
+KINDS = ("warp", "row", "block")
+TYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the driver's `Type`
+
+
+def kept(name: str, suffix: str, text: str) -> Path:
+    """A file in the cache folder; its name follows from its text, or binaries made from it could not be kept."""
+    path = cache_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}{suffix}"
+    if not path.exists():
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(text)
+        scratch.replace(path)
+    return path
+
+
+def driver(name: str, **defines: str) -> Path:
+    lines = [f"#define NORM_{key} {value}\n" for key, value in defines.items()]
+    return kept(name, ".cpp", "".join([*lines, '#include "norm_driver.cpp"\n']))
+
+
+# Small binaries: most of a first run is the compiler, and there are two of it.
+ODD = driver("norm_odd", WORLDS="2, 3, 6")
+EVEN = driver("norm_even", WORLDS="4, 8")
+SANITIZED = driver("norm_sanitized", WORLDS="3")
+BINARIES = {2: ODD, 3: ODD, 6: ODD, 4: EVEN, 8: EVEN}
+
+
+class Mutation(NamedTuple):
+    replaced: dict[str, str]  # every occurrence of each text
+    kinds: tuple[str, ...] = KINDS  # of the kernels in which it must be noticed
+    arguments: tuple[str, ...] = ()
+
+
+TORN = """
+TPF_DEVICE void torn_store(u64* p, u64 x) {
+  store_system(reinterpret_cast<u32*>(p), u32(x));
+  store_system(reinterpret_cast<u32*>(p) + 1, u32(x >> 32));
+}
+TPF_DEVICE void torn_store(Vec16* p, const Vec16& x) {
+  store_system(reinterpret_cast<u64*>(p), u64(x.w[1]) << 32 | x.w[0]);
+  store_system(reinterpret_cast<u64*>(p) + 1, u64(x.w[3]) << 32 | x.w[2]);
+}
+"""
+COPIES = "lane() % warps == warp_index()"
+MUTATIONS = {
+    "one_slot": Mutation({f"{kind}Ring = 2;": f"{kind}Ring = 1;" for kind in ("kWarp", "kRow", "kBlock")}),
+    "stride_of_the_grid": Mutation(
+        {
+            "u64(block_index()) * kWarpRing + step % kWarpRing": "step % kWarpRing * u64(grid_size()) + block_index()",
+            "u64(block_index()) * kBlockRing + step % kBlockRing": "step % kBlockRing * grid_size() + block_index()",
+            "u64(place) * kRowRing * kMaxWorld": "u64(place) * kMaxWorld",
+            "return step % kRowRing *": "return step % kRowRing * grid_size() * (block_size() / kWarp) *",
+        }
+    ),
+    "no_dependency_wait": Mutation({"dependency_wait();": ""}),
+    "any_packet": Mutation(
+        {"waits[k] = u32(packet >> 32) != step": "waits[k] = packet == 0", "packet.w[2] != step": "packet.w[2] == 0"}
+    ),
+    "torn_packet": Mutation(
+        {
+            "store_system(reinterpret_cast<": "torn_store(reinterpret_cast<",
+            "namespace tpfuse {": "namespace tpfuse {" + TORN,
+        }
+    ),
+    "late_counter": Mutation(
+        {
+            "store_global(counters + lane(), step)": "store_global(counters + lane(), step - 1)",
+            "store_global(counter, step)": "store_global(counter, step - 1)",
+        }
+    ),
+    "counter_under_other_warps": Mutation({COPIES: "warp_index() == 0"}, ("warp",)),
+    "idle_copies_stay": Mutation({COPIES: "lane() == warp_index()"}, ("warp",)),
+    "no_barrier_for_gamma": Mutation({"barrier();\n\n  dependency_trigger();": "dependency_trigger();"}, ("row",)),
+    "no_barrier_before_exchange": Mutation(
+        {"barrier();\n    if (warp_index() == 0)": "if (warp_index() == 0)"}, ("block",)
+    ),
+    "no_barrier_after_exchange": Mutation({"barrier();\n    if (failed)": "if (failed)"}, ("block",)),
+    "gamma_first": Mutation({"mul_rn(mul_rn(x[i], inverse), gamma[i])": "mul_rn(x[i], mul_rn(inverse, gamma[i]))"}),
+}
+
+
+def mutant(name: str) -> Path:
+    text = '#pragma GCC diagnostic ignored "-Wunused-variable"\n' + HEADER
+    for old, new in MUTATIONS[name].replaced.items():
+        assert old in text, f"sharded_norm.h has changed: mutation {name} looks for {old!r}"
+        text = text.replace(old, new)
+    header = kept(name, ".h", text)
+    kinds = sum(1 << KINDS.index(kind) for kind in MUTATIONS[name].kinds)
+    return driver(name, WORLDS="2", FEW="1", KINDS=str(kinds), HEADER=f'"{header}"')
+
+
+@pytest.fixture(scope="module", autouse=True)
+def binaries() -> None:
+    """Compiles on two cores at once, the largest first."""
+    mutants = [mutant(name) for name in MUTATIONS]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(build, path) for path in (ODD, EVEN)]
+        jobs += [pool.submit(build, SANITIZED, sanitize=True)]
+        jobs += [pool.submit(build, path) for path in mutants]
+        wait(jobs)  # the test that needs it reports what does not compile
+
+
+def passes(path: Path, *arguments: str, sanitize: bool = False) -> None:
+    result = run(path, *arguments, sanitize=sanitize)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(("world", "seeds"), [(2, 100), (3, 60), (4, 60), (6, 30), (8, 25)])
+def test_calls_of_all_kinds(world: int, seeds: int) -> None:
+    passes(BINARIES[world], f"world={world}", f"seeds={seeds}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("world", "seeds"), [(2, 60), (4, 30), (8, 10)])
+def test_one_kernel(kind: str, world: int, seeds: int) -> None:
+    """More calls of one kernel share slots than where all three take turns."""
+    passes(BINARIES[world], f"world={world}", f"seeds={seeds}", f"kind={KINDS.index(kind)}", "first=1000", "calls=6")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_slow_rank(world: int) -> None:
+    passes(BINARIES[world], f"world={world}", "slow=1", "seeds=20", "first=2000")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("world", "missing"), [(2, 0), (3, 1), (4, 3), (6, 0), (8, 5)])
+def test_missing_rank_is_named(world: int, missing: int, kind: str) -> None:
+    passes(BINARIES[world], f"world={world}", f"missing={missing}", "seeds=10", f"kind={KINDS.index(kind)}")
+
+
+def test_sanitizers() -> None:
+    passes(SANITIZED, "world=3", "seeds=20", sanitize=True)
+    passes(SANITIZED, "world=3", "seeds=5", "missing=2", sanitize=True)
+
+
+class Record:
+    """Reads what `dump` of the driver writes."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.at = content, 0
+
+    def numbers(self, types: str) -> tuple[int | float, ...]:
+        self.at += 4 * len(types)
+        return struct.unpack_from("=" + types, self.content, self.at - 4 * len(types))
+
+    def rows(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        self.at += size
+        return torch.frombuffer(bytearray(self.content[self.at - size : self.at]), dtype=dtype).reshape(shape)
+
+
+def assert_same_bits(ours: Tensor, theirs: Tensor) -> None:
+    """NaN where the other has NaN, whatever its payload; elsewhere every bit, the sign of zero included."""
+    nan = theirs.isnan()
+    assert torch.equal(ours.isnan(), nan)
+    integers = torch.int32 if ours.dtype == torch.float32 else torch.int16
+    assert torch.equal(ours.view(integers)[~nan], theirs.view(integers)[~nan])
+
+
+@pytest.mark.parametrize("world", sorted(BINARIES))
+def test_kernels_match_the_reference(world: int, tmp_path: Path) -> None:
+    """Every compiled variant once, its results compared with torch."""
+    passes(BINARIES[world], f"world={world}", "seeds=2", f"dump={tmp_path / 'calls'}")
+    record = Record((tmp_path / "calls").read_bytes())
+    compared = 0
+    while record.at < len(record.content):
+        _, kind, tensors, rows, bias = record.numbers("IIIIf")
+        dtype = TYPES[int(kind)]
+        expected = []
+        for _ in range(int(tensors)):
+            width, gamma_kind, eps = record.numbers("IIf")
+            x = record.rows(dtype, world, int(rows), int(width))
+            gamma = record.rows(TYPES[int(gamma_kind)], world, int(width))
+            expected.append(reference.rms_norm(list(x), list(gamma), eps=eps, weight_bias=bias))
+        for theirs in expected:
+            assert_same_bits(record.rows(dtype, world, int(rows), theirs[0].shape[-1]), torch.stack(theirs))
+            compared += 1
+    assert compared >= 2 * 15
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in MUTATIONS for kind in MUTATIONS[name].kinds])
+def test_mutation_is_noticed(name: str, kind: str) -> None:
+    result = run(mutant(name), f"kind={KINDS.index(kind)}", "calls=6", "seeds=100", *MUTATIONS[name].arguments)
+    assert result.returncode != 0, result.stdout
+    assert re.search("timed out|wrong value|a hang", result.stdout), result.stdout
