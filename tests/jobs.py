@@ -96,7 +96,7 @@ def inputs(case: Case, rank: int, world: int) -> Inputs:
         given.residual = stream.to(case.residual).view(*case.rows, case.width)
     if case.out != "new":
         places = (given.x,) if given.k is None else (given.x, given.k)
-        given.outs = places if case.out == "in place" else tuple(torch.full_like(x, 7) for x in places)
+        given.outs = places if case.out == "in place" else tuple(torch.full(x.shape, 7, dtype=x.dtype) for x in places)
     return given
 
 

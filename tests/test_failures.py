@@ -227,6 +227,14 @@ def test_an_out_of_the_wrong_kind_is_refused(alone, out, text):
         alone.qk_rms_norm(X, X, GAMMA, GAMMA, out=(torch.ones(3, 8), out))
 
 
+def test_an_out_whose_rows_are_not_at_one_stride_is_refused(alone):
+    x = torch.ones(2, 3, 8)
+    with pytest.raises(
+        InvalidArgument, match=r"out has shape \[2, 3, 8\] and strides \(8, 16, 1\); needed: rows at one"
+    ):
+        alone.rms_norm(x, GAMMA, out=x.transpose(0, 1).contiguous().transpose(0, 1))
+
+
 @pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch refuses it, after the exchange")
 def test_an_out_whose_rows_share_memory_is_refused(alone):
     with pytest.raises(InvalidArgument, match="out"):

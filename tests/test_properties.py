@@ -16,6 +16,7 @@ eps = st.sampled_from([1e-6, 1e-5, 1.0, 1e3])
 def cases(draw):
     op = draw(st.sampled_from(OPS))
     rows = tuple(draw(st.lists(st.integers(0, 9), max_size=3)))
+    permuted = len(rows) > 1 and draw(st.booleans())
     return Case(
         op=op,
         rows=rows,
@@ -27,8 +28,10 @@ def cases(draw):
         eps=(draw(eps), draw(eps)) if op == "qk_rms_norm" else draw(eps),
         weight_bias=draw(st.sampled_from([0.0, 1.0])),
         strided=draw(st.booleans()),
-        permuted=len(rows) > 1 and draw(st.booleans()),
-        out="new" if op == "all_reduce_rms_norm" else draw(st.sampled_from(["new", "given", "in place"])),
+        permuted=permuted,
+        out="new"
+        if op == "all_reduce_rms_norm"
+        else draw(st.sampled_from(["new", "given"] + ["in place"] * (not permuted))),
         seed=draw(st.integers(0, 1000)),
     )
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tpfuse.errors import TpfuseError
     from tpfuse.plan import Plan
     from tpfuse.reference import NormOutput
+    from tpfuse.rope import Rope
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "Communicator",
     "NormOutput",
     "Plan",
+    "Rope",
     "TpfuseError",
     "__version__",
     "errors",
@@ -33,6 +35,7 @@ _HOME = {
     "Communicator": "tpfuse.communicator",
     "NormOutput": "tpfuse.reference",
     "Plan": "tpfuse.plan",
+    "Rope": "tpfuse.rope",
     "TpfuseError": "tpfuse.errors",
 }
 

@@ -14,16 +14,18 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from tpfuse import reference
+from tpfuse.backends.collective import first_line
 from tpfuse.communicator import Communicator
 from tpfuse.errors import TpfuseError
 from tpfuse.launch import Rank
@@ -51,7 +53,11 @@ class Case:
     weight_bias: float
 
     def __str__(self) -> str:
-        return f"{self.op} {self.width}{f'+{self.width2}' if self.width2 else ''} {name(self.dtype)}"
+        return f"{self.op} {self.widths} {name(self.dtype)}"
+
+    @property
+    def widths(self) -> str:
+        return f"{self.width}+{self.width2}" if self.width2 else f"{self.width}"
 
 
 @dataclass
@@ -59,6 +65,7 @@ class Outcome:
     """What a case came to on one rank: the largest distance and where it was, or the error."""
 
     case: Case
+    rank: int
     distance: float
     where: str
     error: str = ""
@@ -81,7 +88,7 @@ def cases() -> list[Case]:
 
 
 def job(rank: Rank, mode: str, backend: str) -> tuple[list[Outcome], str]:
-    """Run all cases on this rank; returns the outcomes and the effective mode."""
+    """Run all cases on this rank; returns of each the worst outcome of all ranks, and the effective mode."""
     with Communicator(device=rank.device_type, mode=mode, backend=backend) as comm:
         comm.prepare()
         outcomes = []
@@ -90,7 +97,7 @@ def job(rank: Rank, mode: str, backend: str) -> tuple[list[Outcome], str]:
             rank.progress(done, len(todo), str(case))
             outcomes.append(run_case(comm, case))
         rank.progress(len(todo), len(todo), "done")
-        return outcomes, comm.report().effective_mode
+        return worst_of_all_ranks(outcomes), comm.report().effective_mode
 
 
 def run_case(comm: Communicator, case: Case) -> Outcome:
@@ -98,7 +105,7 @@ def run_case(comm: Communicator, case: Case) -> Outcome:
         run = _RUNNERS[case.op]
         return run(comm, case, Inputs(case, comm.world, comm.device))
     except (TpfuseError, RuntimeError) as error:
-        return Outcome(case, math.inf, "", f"{type(error).__name__}: {error}")
+        return Outcome(case, comm.rank, math.inf, "", f"{type(error).__name__}: {error}")
 
 
 class Inputs:
@@ -243,7 +250,7 @@ class Worst:
             self._distance, self._where = math.inf, f"{what}, {y.shape[0]} rows: ranks differ"
 
     def outcome(self) -> Outcome:
-        return Outcome(self._case, self._distance, self._where)
+        return Outcome(self._case, self._comm.rank, self._distance, self._where)
 
 
 def sum_slack(xs: Sequence[Tensor]) -> Tensor:
@@ -281,7 +288,7 @@ def distance(got: Tensor, want: Tensor, slack: Tensor | None, *, exact: bool) ->
     if exact or not bool((a.isfinite() & b.isfinite()).all()):
         return math.inf
     allowed = ulp(want[differs]) + FP32_NOISE * b.abs() + SUBNORMAL_NOISE + (0.0 if slack is None else slack[differs])
-    return float(((a - b).abs() / allowed).max())
+    return float(torch.nan_to_num((a - b).abs() / allowed, nan=math.inf).max())
 
 
 def share(width: int, world: int) -> int:
@@ -298,31 +305,55 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def worst_of_all_ranks(own: Sequence[Outcome]) -> list[Outcome]:
+    """Collective. Where the other ranks' outcomes don't come, this rank's own, the last one as failed."""
+    every: list[Sequence[Outcome]] = [own] * dist.get_world_size()
+    try:
+        dist.all_gather_object(every, own)
+    except RuntimeError as error:
+        lost = f"the outcomes of the other ranks did not come: {first_line(error)}"
+        return [*own[:-1], replace(own[-1], distance=math.inf, error=own[-1].error or lost)]
+    return merge(every)
+
+
 def merge(per_rank: Sequence[Sequence[Outcome]]) -> list[Outcome]:
-    """For every case the worst of all ranks."""
+    """For every case the worst of these ranks'."""
     return [max(same, key=lambda o: (not o.ok, o.distance)) for same in zip(*per_rank, strict=True)]
 
 
-def show(console: Console, outcomes: Sequence[Outcome], title: str) -> bool:
-    """Print a line for each op and dtype, then every failure. Returns whether all passed."""
+def show(console: Console, outcomes: Sequence[Outcome], title: str) -> None:
+    """Print a line for each op and dtype, the widths, every failure, and what all came to."""
     table = Table(title=title)
-    for column in ("op", "dtype", "widths", "worst"):
+    for column in ("op", "dtype", "widths", "worst", "result"):
         table.add_column(column, justify="right" if column == "worst" else "left", overflow="fold")
-    table.add_column("result")
+    ops_of: dict[str, list[str]] = {}  # by their widths
     for op in OPS:
+        every = [o.case.widths for o in outcomes if o.case.op == op and o.case.dtype == DTYPES[0]]
+        ops_of.setdefault(", ".join(every), []).append(op)
         for dtype in DTYPES:
             group = [o for o in outcomes if o.case.op == op and o.case.dtype == dtype]
             bad = sum(not o.ok for o in group)
-            widths = ", ".join(f"{o.case.width}{f'+{o.case.width2}' if o.case.width2 else ''}" for o in group)
             verdict = f"[red]{bad} failed[/]" if bad else "[green]ok[/]"
-            table.add_row(op, name(dtype), widths, f"{max(o.distance for o in group):.2f}", verdict)
+            table.add_row(op, name(dtype), span(group), compact(max(o.distance for o in group)), verdict)
     console.print(table)
+    for widths, ops in ops_of.items():
+        console.print(f"widths of {', '.join(ops)}: {widths}", highlight=False)
     failed = [o for o in outcomes if not o.ok]
     for o in failed:
-        console.print(f"[red]failed[/] {o.case}: {o.error or f'{o.distance:.3g} of the allowed distance at {o.where}'}")
-    passed = len(outcomes) - len(failed)
+        what = o.error or f"{compact(o.distance)} of the allowed distance at {o.where}"
+        console.print(f"[red]failed[/] {o.case} on rank {o.rank}: {escape(what)}")
     console.print(
-        f"{passed} of {len(outcomes)} cases passed; each over {len(ROWS)} row counts from {ROWS[0]} to {ROWS[-1]}, "
-        "contiguous and strided. worst: 1.00 is what the contract allows, 0.00 is bit for bit."
+        f"{len(outcomes) - len(failed)} of {len(outcomes)} cases passed; each over {len(ROWS)} row counts "
+        f"from {ROWS[0]} to {ROWS[-1]}, contiguous and strided. "
+        "worst: 1.00 is what the contract allows, 0.00 is bit for bit."
     )
-    return not failed
+
+
+def span(outcomes: Sequence[Outcome]) -> str:
+    """The narrowest and the widest case."""
+    rising = sorted((o.case for o in outcomes), key=lambda case: case.width)
+    return rising[0].widths if len(rising) == 1 else f"{rising[0].widths} to {rising[-1].widths}"
+
+
+def compact(distance: float) -> str:
+    return f"{distance:.2f}" if distance < 1000 else f"{distance:.1e}"

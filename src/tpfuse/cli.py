@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -74,19 +75,16 @@ def info(json: Annotated[bool, typer.Option("--json", help="Print JSON, e.g. for
 def check(world: World = None, device: Device = None, backend: Backend = "auto", mode: Mode = "fused") -> None:
     """Run every op against the reference, over dtypes, widths, row counts and awkward values."""
     from tpfuse import check as checks
-    from tpfuse.launch import resolve_world, run_ranks, under_torchrun
+    from tpfuse.launch import resolve_world, run_ranks
 
     device = _device(device)
     world = resolve_world(world, device)
     with _progress("check") as progress:
         results = run_ranks(checks.job, mode, backend, world=world, device_type=device, progress=progress)
-    if not _speaks():
-        raise typer.Exit
-    title = f"{world} {device} ranks: requested {mode}, effective {results[0][1]}"
     outcomes = checks.merge([outcomes for outcomes, _ in results])
-    if under_torchrun():
-        title += "; rank 0 only"
-    if not checks.show(Console(), outcomes, title):
+    if _speaks():
+        checks.show(Console(), outcomes, f"{world} {device} ranks: requested {mode}, effective {results[0][1]}")
+    if not all(outcome.ok for outcome in outcomes):
         raise typer.Exit(1)
 
 
@@ -109,15 +107,18 @@ def bench_ops(
         list[str] | None, typer.Option(help="Baseline to run; may be given several times.", show_default="all")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file, a JSON line each.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a plot (PNG) to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a plot to this file: .png, .pdf or .svg.")] = None,
 ) -> None:
     """Time every op of a model's shapes against baselines."""
     from tpfuse.bench import ops
+    from tpfuse.bench.plot import check_plot
 
     device = _device(device)
+    if plot is not None:
+        check_plot(plot)
     for path in (json, plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InvalidArgument(f"{path}: the folder {path.absolute().parent} does not exist.")
+        if path is not None:
+            _check_writable(path)
     with _progress(f"bench {preset}") as progress:
         records = ops.run(
             preset,
@@ -146,6 +147,22 @@ def _device(device: str | None) -> str:
     return device or default_device()
 
 
+def _check_writable(path: Path) -> None:
+    """Before a long run: this file can be written after it. Changes nothing."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise InvalidArgument(f"{path}: the folder {folder} does not exist.")
+    if path.is_dir():
+        raise InvalidArgument(f"{path}: this is a folder; needed: the name of a file.")
+    try:
+        if path.is_file():
+            path.open("ab").close()
+        elif not path.exists():  # what is neither, a pipe or a device, is left alone
+            TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InvalidArgument(f"{path}: can't be written: {error.strerror}.") from error
+
+
 def _speaks() -> bool:
     """Under torchrun only rank 0 prints."""
     return os.environ.get("RANK", "0") == "0"
@@ -169,7 +186,8 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except _UsageError as error:
-        _stop(f"{error.format_message()} See `tpfuse --help`.")
+        message = error.format_message().strip()
+        _stop(f"{message}{'' if message.endswith(('.', '?', '!')) else '.'} See `tpfuse --help`.")
     except TpfuseError as error:
         _stop(str(error))
     except (KeyboardInterrupt, typer.Abort):

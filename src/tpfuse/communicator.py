@@ -23,10 +23,12 @@ from tpfuse.backends import collective
 from tpfuse.backends.collective import Call, Collective
 from tpfuse.backends.cuda import backend as cuda_backend
 from tpfuse.backends.cuda.backend import CudaBackend
+from tpfuse.backends.cuda.sharded_norm import why_not
 from tpfuse.backends.cuda.workspace import availability
 from tpfuse.errors import CommunicatorClosed, InvalidArgument, TpfuseError, Unsupported
 from tpfuse.plan import MODES, Counter, Facts, Plan, Report, Route, combined_mode
 from tpfuse.reference import NormOutput
+from tpfuse.rope import Rope
 
 BACKENDS = ("auto", "cuda", "collective")
 
@@ -82,6 +84,7 @@ class Communicator:
         self._prepared = False
         self._failure: TpfuseError | None = None
         self._number = 0
+        self._fallbacks: dict[tuple[str, str], Route] = {}
         self._counters: dict[int, Counter] = {}  # by the identity of the plan's route
         try:
             _check_settings(mode, backend, max_hidden, timeout)
@@ -201,15 +204,22 @@ class Communicator:
         *,
         eps: float | tuple[float, float] = 1e-6,
         weight_bias: float = 0.0,
+        rope: Rope | None = None,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`rms_norm` of q `[..., n]` and of k `[..., m]`, each over its own width, in ONE exchange of two floats a row.
 
         q and k may be views of one fused qkv tensor. eps: one number, or a pair for q and k. `out=(q, k)`: in place.
+        rope: rotate the normed rows before they are rounded, see tpfuse.Rope.
         """
         q_eps, k_eps = pair(eps)
         if torch.compiler.is_compiling():
-            y = torch.ops.tpfuse.qk_rms_norm(q, k, q_weight, k_weight, self.name, q_eps, k_eps, weight_bias)
+            norms = (q, k, q_weight, k_weight, self.name, q_eps, k_eps, weight_bias)
+            if rope is None:
+                y = torch.ops.tpfuse.qk_rms_norm(*norms)
+            else:
+                tables = (rope.cos, rope.sin, rope.positions, rope.head_dim, rope.rotary_dim, rope.interleaved)
+                y = torch.ops.tpfuse.qk_rms_norm_rope(*norms, *tables)
             return (y[0], y[1]) if out is None else (out[0].copy_(y[0]), out[1].copy_(y[1]))
         checks.activation("qk_rms_norm", "q", q, self.device, self.max_hidden)
         checks.activation("qk_rms_norm", "k", k, self.device, self.max_hidden)
@@ -219,17 +229,19 @@ class Communicator:
         if out is not None:
             checks.output("qk_rms_norm", out[0], q)
             checks.output("qk_rms_norm", out[1], k)
+        if rope is not None:
+            rope.check("qk_rms_norm", q, k)
         call = Call("qk_rms_norm", count_rows(q), q.shape[-1], k.shape[-1], q.dtype, None, q_eps, k_eps, weight_bias)
-        backend = self._begin(call)
+        backend = self._begin(call, why_not(rope))
         if backend is None:
             return (empty(q), empty(k)) if out is None else out
         if isinstance(backend, Collective):
-            normed = backend.qk_rms_norm(rows(q), rows(k), q_weight, k_weight, q_eps, k_eps, weight_bias)
+            normed = backend.qk_rms_norm(rows(q), rows(k), q_weight, k_weight, q_eps, k_eps, weight_bias, rope)
             q_out, k_out = (None, None) if out is None else out
             return given(normed[0], q, q_out), given(normed[1], k, k_out)
         y = (empty(q), empty(k)) if out is None else out
         into = (rows(y[0]), rows(y[1]))
-        backend.qk_rms_norm(rows(q), rows(k), q_weight, k_weight, q_eps, k_eps, weight_bias, into)
+        backend.qk_rms_norm(rows(q), rows(k), q_weight, k_weight, q_eps, k_eps, weight_bias, rope, into)
         return y
 
     def all_reduce(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -288,8 +300,11 @@ class Communicator:
         norm, new = self._collective.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias)
         return NormOutput(norm.view(x.shape), None if new is None else new.view(x.shape), None, None)
 
-    def _begin(self, call: Call) -> Collective | CudaBackend | None:
-        """Announce a call, count it, and return who serves it; None: there are no rows to work on."""
+    def _begin(self, call: Call, unfit: str = "") -> Collective | CudaBackend | None:
+        """Announce a call, count it, and return who serves it; None: there are no rows to work on.
+
+        unfit: why the cuda backend can't take this call although the plan gives it the op.
+        """
         self._check_usable()
         gpu = self.device.type == "cuda"
         capturing = gpu and torch.cuda.is_current_stream_capturing()
@@ -301,6 +316,8 @@ class Communicator:
                 )
             self.prepare()
         route = self.plan.route(call.op, call.rows)
+        if unfit and route.backend == "cuda":
+            route = self._fallback(call.op, unfit)
         counter = self._counter(route)
         counter.calls += 1
         counter.rows += call.rows
@@ -310,6 +327,15 @@ class Communicator:
         assert backend is not None
         backend.begin(self._number, call, counter)
         return backend if call.rows > 0 else None
+
+    def _fallback(self, op: str, reason: str) -> Route:
+        """The collective route of an op that the plan gives to the cuda backend, with the reason."""
+        found = self._fallbacks.get((op, reason))
+        if found is None:
+            facts = Facts(self.world, self.device.type, self.transport, "control", "collective", self.max_hidden)
+            route = next(route for route in collective.routes(facts) if route.op == op)
+            found = self._fallbacks[op, reason] = replace(route, reason=reason)
+        return found
 
     def _counter(self, route: Route) -> Counter:
         found = self._counters.get(id(route))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tpfuse.communicator import Communicator
 from tpfuse.errors import InvalidArgument
 from tpfuse.reference import NormOutput
+from tpfuse.rope import Rope
 
 
 def shard(full: Tensor, rank: int, world: int, heads: int | None = None) -> Tensor:
@@ -106,8 +107,9 @@ class ShardedQKNorm(_ShardedWeight):
         self._add("q_weight", q_heads * head_dim, q_heads, 1.0 - weight_bias, dtype)
         self._add("k_weight", kv_heads * head_dim, kv_heads, 1.0 - weight_bias, dtype)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.comm.qk_rms_norm(q, k, self.q_weight, self.k_weight, eps=self.eps, weight_bias=self.weight_bias)
+    def forward(self, q: Tensor, k: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor]:
+        weights = self.q_weight, self.k_weight
+        return self.comm.qk_rms_norm(q, k, *weights, eps=self.eps, weight_bias=self.weight_bias, rope=rope)
 
 
 class AllReduceRMSNorm(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tpfuse.communicator import by_name
+from tpfuse.rope import Rope
 
 _LIBRARY = torch.library.Library("tpfuse", "DEF")  # lives as long as the process
 
@@ -30,6 +31,26 @@ def qk_rms_norm(
     weight_bias: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     return by_name(comm).qk_rms_norm(q, k, q_weight, k_weight, eps=(q_eps, k_eps), weight_bias=weight_bias)
+
+
+def qk_rms_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    comm: str,
+    q_eps: float,
+    k_eps: float,
+    weight_bias: float,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    rope = Rope(cos, sin, positions, head_dim, rotary_dim, interleaved)
+    return by_name(comm).qk_rms_norm(q, k, q_weight, k_weight, eps=(q_eps, k_eps), weight_bias=weight_bias, rope=rope)
 
 
 def all_reduce(x: Tensor, comm: str) -> Tensor:
@@ -66,6 +87,13 @@ _OPERATORS = (
         "qk_rms_norm(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, str comm, float q_eps=1e-06, "
         "float k_eps=1e-06, float weight_bias=0.0) -> (Tensor, Tensor)",
         qk_rms_norm,
+        lambda q, k, *_, **__: (_like(q), _like(k)),
+    ),
+    (
+        "qk_rms_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, str comm, float q_eps, float k_eps, "
+        "float weight_bias, Tensor cos, Tensor sin, Tensor positions, int head_dim, int rotary_dim, bool interleaved) "
+        "-> (Tensor, Tensor)",
+        qk_rms_norm_rope,
         lambda q, k, *_, **__: (_like(q), _like(k)),
     ),
     ("all_reduce(Tensor x, str comm) -> Tensor", all_reduce, lambda x, *_, **__: _like(x)),

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tpfuse.rope import Rope, rotate
+
 VECTOR = 8  # elements that one lane sums
 LANES = 32  # lanes of a group: a group is 256 neighbouring elements
 
@@ -80,7 +82,12 @@ def add_in_rank_order(xs: Sequence[Tensor]) -> Tensor:
 
 
 def rms_norm(
-    xs: Sequence[Tensor], weights: Sequence[Tensor], *, eps: float = 1e-6, weight_bias: float = 0.0
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    eps: float = 1e-6,
+    weight_bias: float = 0.0,
+    rope: Rope | None = None,
 ) -> list[Tensor]:
     """RMSNorm over a width that is split over ranks.
 
@@ -88,7 +95,8 @@ def rms_norm(
     `y_r = round(x_r / sqrt(sum over ranks of x^2 / (n W) + eps) * (gamma_r + weight_bias))`
     """
     inverse = inverse_rms(add_in_rank_order([sum_of_squares(x) for x in xs]), len(xs) * xs[0].shape[-1], eps)
-    return [apply_norm(x, inverse, w, weight_bias).to(x.dtype) for x, w in zip(xs, weights, strict=True)]
+    normed = [apply_norm(x, inverse, w, weight_bias) for x, w in zip(xs, weights, strict=True)]
+    return [(y if rope is None else rotate(y, rope)).to(x.dtype) for x, y in zip(xs, normed, strict=True)]
 
 
 def qk_rms_norm(
@@ -99,11 +107,12 @@ def qk_rms_norm(
     *,
     eps: float | tuple[float, float] = 1e-6,
     weight_bias: float = 0.0,
+    rope: Rope | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """`rms_norm` of q and of k, each over its own width. Returns rank r's `(q, k)`."""
+    """`rms_norm` of q and of k, each over its own width, rotated by `rope` before the rounding. Rank r's `(q, k)`."""
     q_eps, k_eps = eps if isinstance(eps, tuple) else (eps, eps)
-    q = rms_norm(qs, q_weights, eps=q_eps, weight_bias=weight_bias)
-    k = rms_norm(ks, k_weights, eps=k_eps, weight_bias=weight_bias)
+    q = rms_norm(qs, q_weights, eps=q_eps, weight_bias=weight_bias, rope=rope)
+    k = rms_norm(ks, k_weights, eps=k_eps, weight_bias=weight_bias, rope=rope)
     return list(zip(q, k, strict=True))
 
 

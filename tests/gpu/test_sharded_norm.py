@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tpfuse import Communicator, check, reference
+from tpfuse import Communicator, Rope, check, reference
 from tpfuse.errors import TpfuseError
 from tpfuse.launch import Rank, RankFailed, Ranks
 
@@ -68,6 +69,39 @@ def check_against_the_reference(rank: Rank) -> list[str]:
 
 def test_every_case_of_the_check_is_bit_for_bit_the_reference(ranks: Ranks) -> None:
     assert ranks.run(check_against_the_reference) == [[]] * ranks.world
+
+
+def rotated(rank: Rank) -> list[str]:
+    """qk_rms_norm with a rotation, few and many rows, against the reference; and what it reports for a head of 96."""
+    wrong = []
+    with Communicator(backend="cuda") as comm:
+        for rows, dtype, (head_dim, rotary_dim), interleaved in product(
+            (1, 5, 300, 2500), check.DTYPES, ((128, 64), (64, 64), (256, 32)), (False, True)
+        ):
+            problem = Problem(rank, rows, n=1536, m=256, dtype=dtype)
+            n, end = problem.n, problem.n + problem.m
+            angles = torch.rand(4096, rotary_dim // 2, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+            positions = torch.randint(4096, (rows,), generator=torch.Generator("cuda").manual_seed(2), device="cuda")
+            rope = Rope(angles.cos(), angles.sin(), positions, head_dim, rotary_dim, interleaved)
+            qs, ks = [x[:, :n] for x in problem.qkv], [x[:, n:end] for x in problem.qkv]
+            q_weights, k_weights = [w[:n] for w in problem.weights], [w[n:] for w in problem.weights]
+            want = reference.qk_rms_norm(qs, ks, q_weights, k_weights, rope=rope)[rank.rank]
+            w = problem.weights[rank.rank]
+            got = comm.qk_rms_norm(qs[rank.rank], ks[rank.rank], w[:n], w[n:], rope=rope)
+            if not (torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])):
+                wrong.append(f"{rows} rows, {dtype}, {head_dim}, {rotary_dim}, {interleaved}")
+        assert comm.report().effective_mode == "fused"
+        angles = torch.rand(8, 48, device="cuda")
+        odd = Rope(angles, angles, torch.zeros(3, dtype=torch.int64, device="cuda"), 96, 96)
+        x, w = torch.ones(3, 192, device="cuda"), torch.ones(192, device="cuda")
+        comm.qk_rms_norm(x, x, w, w, rope=odd)
+        assert comm.report().effective_mode == "mixed"
+        assert any("given head_dim=96" in c.route.reason for c in comm.report().counters)
+    return wrong
+
+
+def test_rotated_rows_are_bit_for_bit_the_reference(ranks: Ranks) -> None:
+    assert ranks.run(rotated) == [[]] * ranks.world
 
 
 def replays(rank: Rank, times: int) -> list[int]:

@@ -180,8 +180,7 @@ void rms_norm(std::vector<std::vector<float>>& rows, const std::vector<std::vect
   float total = sum_of_squares(rows[0]);
   for (size_t r = 1; r < rows.size(); ++r) total = total + sum_of_squares(rows[r]);
   float reciprocal = float(1.0 / double(rows.size() * rows[0].size()));
-  float mean = total * reciprocal + eps;
-  float inverse = float(1.0L / std::sqrt(static_cast<long double>(mean)));  // correctly rounded
+  float inverse = 1.0f / std::sqrt(total * reciprocal + eps);
   for (size_t r = 0; r < rows.size(); ++r) {
     for (size_t i = 0; i < rows[r].size(); ++i) rows[r][i] = (rows[r][i] * inverse) * (gammas[r][i] + bias);
   }

@@ -41,6 +41,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[
 
 from tpfuse.errors import CommunicatorClosed, RankMismatch, TpfuseError
 from tpfuse.plan import OPS, Counter, Facts, Route
+from tpfuse.rope import Rope, rotate
 
 # torch 2.13 renamed it and warns about the old name.
 _all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -159,17 +160,25 @@ class Collective:
 
     @torch.no_grad()
     def qk_rms_norm(
-        self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_eps: float, k_eps: float, weight_bias: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        q_eps: float,
+        k_eps: float,
+        weight_bias: float,
+        rope: Rope | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self.mode == "off" and self.world > 1:
             return (
-                self._gathered_norm(q, q_weight, q_eps, weight_bias),
-                self._gathered_norm(k, k_weight, k_eps, weight_bias),
+                self._gathered_norm(q, q_weight, q_eps, weight_bias, rope),
+                self._gathered_norm(k, k_weight, k_eps, weight_bias, rope),
             )
         inverse = self._inverse_rms((q, k), (q_eps, k_eps))
         return (
-            self._scale(q, inverse[:, :1], q_weight, weight_bias),
-            self._scale(k, inverse[:, 1:], k_weight, weight_bias),
+            self._scale(q, inverse[:, :1], q_weight, weight_bias, rope),
+            self._scale(k, inverse[:, 1:], k_weight, weight_bias, rope),
         )
 
     @torch.no_grad()
@@ -200,8 +209,12 @@ class Collective:
         reciprocals = self._constant(*(1.0 / (self.world * x.shape[-1]) for x in xs))
         return torch.addcmul(self._constant(*eps), total, reciprocals, out=total).rsqrt_()
 
-    def _scale(self, x: Tensor, inverse: Tensor, weight: Tensor, weight_bias: float) -> Tensor:
-        """`round((x * inverse) * (weight + weight_bias))`. inverse is fp32 and makes both products fp32."""
+    def _scale(
+        self, x: Tensor, inverse: Tensor, weight: Tensor, weight_bias: float, rope: Rope | None = None
+    ) -> Tensor:
+        """`round((x * inverse) * (weight + weight_bias))`, rotated before. inverse is fp32 and so are both products."""
+        if rope is not None:
+            return rotate(torch.mul(x, inverse) * self._gamma(weight, weight_bias), rope).to(x.dtype)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         return torch.mul(torch.mul(x, inverse), self._gamma(weight, weight_bias), out=y)
 
@@ -219,7 +232,9 @@ class Collective:
             self._constants[values] = torch.tensor(values, dtype=torch.float32, device=self.device)
         return self._constants[values]
 
-    def _gathered_norm(self, x: Tensor, weight: Tensor, eps: float, weight_bias: float) -> Tensor:
+    def _gathered_norm(
+        self, x: Tensor, weight: Tensor, eps: float, weight_bias: float, rope: Rope | None = None
+    ) -> Tensor:
         """Gather the whole row, norm it, keep the own slice: W times the bytes of x instead of one float a row."""
         n = x.shape[-1]
         rows = x.contiguous()
@@ -228,7 +243,8 @@ class Collective:
         whole = parts.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(1).float()
         normed = torch.nn.functional.rms_norm(whole, (self.world * n,), None, eps)
         own = normed[:, self.group.rank() * n : (self.group.rank() + 1) * n]
-        return (own * self._gamma(weight, weight_bias)).to(x.dtype)
+        y = own * self._gamma(weight, weight_bias)
+        return (y if rope is None else rotate(y, rope)).to(x.dtype)
 
     def _all_reduce(self, buffer: Tensor) -> None:
         """Sum a contiguous buffer over the ranks, in place."""

@@ -80,9 +80,8 @@ class Tpfuse:
         used = [route for route, count in calls.items() if count > self._seen.get(route, 0)]
         self._seen.update(calls)
         requested = self._comm.plan.requested_mode
-        if not used:  # the call failed before it was served: say what would have
-            route = self._comm.plan.route(case.op, case.tokens)
-            return Ran(route.backend, route.algorithm, requested, "none", route.reason)
+        if not used:  # the case can't run, or failed before it was served
+            return Ran("", "", requested, "none", "")
         return Ran(
             " + ".join(dict.fromkeys(r.backend for r in used)),
             " + ".join(dict.fromkeys(r.algorithm for r in used)),

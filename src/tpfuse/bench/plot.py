@@ -48,6 +48,8 @@ RC: Any = {  # Any: matplotlib types the keys as one long Literal
     "ytick.major.size": 3,
 }
 
+FORMATS = (".png", ".pdf", ".svg")
+
 Series = dict[str, dict[int, float]]  # by implementation, then tokens
 Ends = dict[str, tuple[float, float, str]]  # by label: where its line ends, and its colour
 
@@ -55,15 +57,14 @@ Ends = dict[str, tuple[float, float, str]]  # by label: where its line ends, and
 def plot(records: Sequence[Record], path: Path | str, name: str = "") -> None:
     """Write the picture; the ending of path says the format. name: of the preset, for the title.
 
-    Cold rows where there are any, else hot ones. Raises Unsupported without matplotlib, InvalidArgument where no row
-    has a time.
+    Cold rows where there are any, else hot ones. Raises what check_plot does, and InvalidArgument where no row has a
+    time.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise Unsupported("plot: matplotlib is missing. Install it with: pip install tpfuse[plot]") from error
+    check_plot(path)
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     cache = "cold" if any(r.ok and r.cache == "cold" for r in records) else "hot"
     shown = {op: rows for op, rows in by_op(r for r in records if r.cache == cache).items() if _series(rows)}
     if not shown:
@@ -82,6 +83,16 @@ def plot(records: Sequence[Record], path: Path | str, name: str = "") -> None:
             _time_panel(figure.add_subplot(grid[row, 0]), op, rows, last)
             _ratio_panel(figure.add_subplot(grid[row, 1]), rows, last)
         figure.savefig(path)
+
+
+def check_plot(path: Path | str) -> None:
+    """Raises InvalidArgument for an ending that is not of FORMATS, Unsupported without matplotlib."""
+    if Path(path).suffix.lower() not in FORMATS:
+        raise InvalidArgument(f"plot: {path}; supported endings: {', '.join(FORMATS)}.")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise Unsupported("plot: matplotlib is missing. Install it with: pip install tpfuse[plot]") from error
 
 
 def _series(rows: Sequence[Record]) -> Series:

@@ -21,7 +21,7 @@ class Record:
     op: str
     impl: str  # "tpfuse" or the baseline's name
     backend: str
-    algorithm: str  # what really ran
+    algorithm: str  # what really ran; like backend empty where tpfuse ran nothing
     requested_mode: str
     effective_mode: str
     reason: str  # why the effective mode is not the requested one

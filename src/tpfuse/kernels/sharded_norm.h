@@ -68,6 +68,9 @@ struct NormArgs {
   float eps[2];
   float reciprocal[2];  // 1 / (width * W)
   float bias;           // added to gamma
+  u32 head_dim, rotary_dim;     // of the rotation, if there is one; powers of two
+  u64 cosines, sines;           // fp32 [positions, rotary_dim / 2]
+  u64 positions;                // i64 [rows]
 };
 
 // Where things lie in a rank's workspace.
@@ -196,12 +199,71 @@ TPF_DEVICE float inverse_rms(float total, float reciprocal, float eps) {
   return div_rn(1.0f, sqrt_rn(add_rn(mul_rn(total, reciprocal), eps)));
 }
 
-template <class T>
-TPF_DEVICE Lane<T> normed(const Lane<T>& lane, float inverse, const float* gamma) {
+// How a row is turned before its rounding (tpfuse.rope). Groups begin with a head, since head_dim divides 256, so a lane's
+// elements have the same place in their head, and the same angles, in all groups of a row.
+enum class Turn { none, halves, neighbours };
+
+template <Turn kTurn>
+class Rotation {
+ public:
+  TPF_DEVICE void load(const NormArgs& a, u32 row) {
+    if constexpr (kTurn == Turn::none) return;
+    u32 place = lane() * kLaneElements % a.head_dim, half = a.rotary_dim / 2;
+    turns_ = place < a.rotary_dim && row < a.rows;
+    if constexpr (kTurn == Turn::halves) {
+      upper_ = place >= half;
+      partner_ = upper_ ? lane() - half / kLaneElements : lane() + half / kLaneElements;
+    }
+    if (!turns_) return;
+    const Vec8* positions = reinterpret_cast<const Vec8*>(a.positions);
+    Vec8 position = load_global(positions + row);
+    u64 first = (u64(position.w[1]) << 32 | position.w[0]) * half;
+    first += kTurn == Turn::halves ? place % half : place / 2;
+    TPF_UNROLL
+    for (u32 i = 0; i < kAngles / 4; ++i) {
+      Vec16 c = load_global(reinterpret_cast<const Vec16*>(reinterpret_cast<const float*>(a.cosines) + first) + i);
+      Vec16 s = load_global(reinterpret_cast<const Vec16*>(reinterpret_cast<const float*>(a.sines) + first) + i);
+      TPF_UNROLL
+      for (u32 n = 0; n < 4; ++n) {
+        cosine_[4 * i + n] = float_of(c.w[n]);
+        sine_[4 * i + n] = float_of(s.w[n]);
+      }
+    }
+  }
+
+  // All lanes of the warp must come.
+  TPF_DEVICE void turn(float (&x)[8]) const {
+    if constexpr (kTurn == Turn::halves) {
+      TPF_UNROLL
+      for (u32 i = 0; i < 8; ++i) {
+        float other = shuffle(x[i], partner_);
+        float side = mul_rn(other, upper_ ? sine_[i] : -sine_[i]);
+        x[i] = turns_ ? add_rn(mul_rn(x[i], cosine_[i]), side) : x[i];
+      }
+    } else if constexpr (kTurn == Turn::neighbours) {
+      TPF_UNROLL
+      for (u32 i = 0; i < 4; ++i) {
+        float first = x[2 * i], second = x[2 * i + 1];
+        x[2 * i] = turns_ ? add_rn(mul_rn(first, cosine_[i]), mul_rn(second, -sine_[i])) : first;
+        x[2 * i + 1] = turns_ ? add_rn(mul_rn(second, cosine_[i]), mul_rn(first, sine_[i])) : second;
+      }
+    }
+  }
+
+ private:
+  static constexpr u32 kAngles = kTurn == Turn::halves ? 8 : kTurn == Turn::neighbours ? 4 : 0;
+  float cosine_[kAngles > 0 ? kAngles : 1] = {}, sine_[kAngles > 0 ? kAngles : 1] = {};
+  u32 partner_ = 0;
+  bool upper_ = false, turns_ = false;
+};
+
+template <class T, Turn kTurn>
+TPF_DEVICE Lane<T> normed(const Lane<T>& lane, float inverse, const float* gamma, const Rotation<kTurn>& rotation) {
   float x[8];
   widen(lane, x);
   TPF_UNROLL
   for (int i = 0; i < 8; ++i) x[i] = mul_rn(mul_rn(x[i], inverse), gamma[i]);
+  rotation.turn(x);
   return narrow<T>(x);
 }
 
@@ -337,7 +399,7 @@ void norm_by_warp(const TPF_GRID_CONSTANT NormArgs a) {
     float total;
     if (!receive_groups<W>(a, step, t, groups, total)) return;
     float inverse = inverse_rms(total, t == 0 ? a.reciprocal[0] : a.reciprocal[1], t == 0 ? a.eps[0] : a.eps[1]);
-    store_lane<T, kAligned>(y + row * y_stride, at, width, normed(own, inverse, gamma));
+    store_lane<T, kAligned>(y + row * y_stride, at, width, normed(own, inverse, gamma, Rotation<Turn::none>()));
   }
   u32 warps = block_size() / kWarp;
   if (lane() < kWarpCounters && lane() % warps == warp_index()) store_global(counters + lane(), step);
@@ -376,7 +438,7 @@ TPF_DEVICE float fold_all(float (&x)[kCount]) {
 
 // Block: kWarps warps, kWarps rows at a time. kGroups0, kGroups1: groups of the tensors, padded to powers of two; 0 for
 // no second tensor. Grid: at most kRowPlaces / kWarps.
-template <class T, u32 W, u32 kGroups0, u32 kGroups1, bool kAligned, u32 kWarps, u32 kResident>
+template <class T, u32 W, u32 kGroups0, u32 kGroups1, bool kAligned, u32 kWarps, u32 kResident, Turn kTurn = Turn::none>
 TPF_KERNEL(kWarps * 32, kResident)
 void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
   constexpr u32 kGroups = kGroups0 + kGroups1;
@@ -417,6 +479,8 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
     Vec16 sent{{bits_of(q_sum), bits_of(k_sum), step, 0}};
     if (waits) store_system(reinterpret_cast<Vec16*>(outbox + row_slot(step)), sent);
     const Vec16* slot = reinterpret_cast<const Vec16*>(inbox + row_slot(step));
+    Rotation<kTurn> rotation;
+    rotation.load(a, row);
     Vec16 packet = {};
     Patience patience;
     while (waits) {
@@ -440,7 +504,7 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
     TPF_UNROLL
     for (u32 g = 0; g < kGroups; ++g) {
       u32 t = g >= kGroups0 ? 1 : 0, at = (g - t * kGroups0) * kGroupElements + lane() * kLaneElements;
-      store_lane<T, kAligned>(y[t], at, a.width[t], normed(own[g], inverse[t], gammas[g][lane()]));
+      store_lane<T, kAligned>(y[t], at, a.width[t], normed(own[g], inverse[t], gammas[g][lane()], rotation));
     }
   }
   if (lane() == 0) store_global(counter, step);
@@ -501,7 +565,7 @@ TPF_DEVICE float fold_groups(const float* sums, u32 count, u32 s) {
 }
 
 // One block's work on a step of kRows rows. kVectors: groups that one warp holds of a row.
-template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kAligned>
+template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kAligned, Turn kTurn>
 struct BlockStep {
   static constexpr u32 kLanes = kWarp / kRows;  // lanes of warp 0 that look after one row
   static_assert(kLanes >= W, "a row needs a lane for every rank");
@@ -599,7 +663,9 @@ struct BlockStep {
     for (u32 r = 0; r < kRows; ++r) {
       u32 row = first_row(chunk) + r;
       T* y = reinterpret_cast<T*>(k ? a.y[1] : a.y[0]) + row * (k ? a.y_stride[1] : a.y_stride[0]);
-      Lane<T> lane = normed(rows[r][v], inverses.of[r][k ? 1 : 0], gamma);
+      Rotation<kTurn> rotation;
+      rotation.load(a, row);
+      Lane<T> lane = normed(rows[r][v], inverses.of[r][k ? 1 : 0], gamma, rotation);
       store_lane<T, kAligned>(y, at(v), row < a.rows ? (k ? a.width[1] : a.width[0]) : 0, lane);
     }
   }
@@ -608,10 +674,11 @@ struct BlockStep {
 // Block: 32 threads for every kVectors groups of both tensors. Grid: at most kBlockBlocks.
 // kDeep: the next rows are loaded while this chunk's sums are exchanged, and gamma stays in registers; wide rows have no
 // registers for either.
-template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, u32 kThreads, u32 kResident>
+template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, u32 kThreads, u32 kResident,
+          Turn kTurn = Turn::none>
 TPF_KERNEL(kThreads, kResident)
 void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
-  using Step = BlockStep<T, kTensors, W, kVectors, kRows, kAligned>;
+  using Step = BlockStep<T, kTensors, W, kVectors, kRows, kAligned, kTurn>;
   TPF_SHARED(typename Step::Sums, sums);
   TPF_SHARED(typename Step::Inverses, inverses);
   TPF_SHARED(u32, failed);

@@ -18,6 +18,7 @@ from tpfuse.backends.cuda.sharded_norm import ShardedNorm
 from tpfuse.backends.cuda.workspace import Workspace
 from tpfuse.errors import TpfuseError
 from tpfuse.plan import Counter, Route
+from tpfuse.rope import Rope
 
 SERVED = ("rms_norm", "qk_rms_norm")
 LINK_BYTES = {"rms_norm": 16, "qk_rms_norm": 16}  # of a row's packet to one peer
@@ -79,9 +80,11 @@ class CudaBackend:
         q_eps: float,
         k_eps: float,
         weight_bias: float,
+        rope: Rope | None,
         out: tuple[Tensor, Tensor],
     ) -> None:
-        self._norm((q, k), (q_weight, k_weight), out, (q_eps, k_eps), weight_bias, self._current_stream())
+        weights, eps = (q_weight, k_weight), (q_eps, k_eps)
+        self._norm((q, k), weights, out, eps, weight_bias, self._current_stream(), rope)
 
     def _current_stream(self) -> int:
         """The handle of the current stream. All calls share one workspace, so a new stream waits for the last one;

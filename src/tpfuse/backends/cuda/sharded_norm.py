@@ -28,6 +28,7 @@ from tpfuse.backends.cuda.compile import arch_of, compile_kernel, load
 from tpfuse.backends.cuda.launch import Launcher
 from tpfuse.backends.cuda.workspace import Workspace
 from tpfuse.errors import Unsupported
+from tpfuse.rope import Rope
 
 SOURCE = '#include "sharded_norm.h"\n'
 OPS = {"rms_norm": 1, "qk_rms_norm": 2}  # number of tensors; also the `op` of an error record
@@ -41,7 +42,7 @@ RESIDENT_THREADS = 896  # of the block kernel on a multiprocessor: leaves 72 reg
 GROUP = 256  # elements of a group: 32 lanes of 8
 
 FIXED = struct.Struct("8QQQII")  # workspaces, error record, timeout, rank, op
-LAYOUT = "6Q4q5I5f"
+LAYOUT = "6Q4q5I5f2I3Q"
 
 
 @cache
@@ -71,6 +72,7 @@ class Variant:
     groups: tuple[int, ...]
     rows: int  # that a block has at a time
     aligned: bool
+    turn: str = "none"  # of the rotation: "halves" or "neighbours"
 
     @property
     def vectors(self) -> int:
@@ -97,14 +99,14 @@ class Variant:
 
     @property
     def name_expression(self) -> str:
-        kind, aligned = KINDS[self.dtype], str(self.aligned).lower()
+        kind, aligned, turn = KINDS[self.dtype], str(self.aligned).lower(), f"tpfuse::Turn::{self.turn}"
         if self.kernel == "row":
             padded = [power_of_two(n) for n in self.groups] + [0] * (2 - len(self.groups))
-            template = (kind, self.world, *padded, aligned, ROW_WARPS, self.resident)
+            template = (kind, self.world, *padded, aligned, ROW_WARPS, self.resident, turn)
             return f"tpfuse::norm_by_row<{', '.join(map(str, template))}>"
         deep = str(self.deep).lower()
         template = (kind, len(self.groups), self.world, self.vectors, self.rows, deep, aligned)
-        return f"tpfuse::norm_by_block<{', '.join(map(str, (*template, self.threads, self.resident)))}>"
+        return f"tpfuse::norm_by_block<{', '.join(map(str, (*template, self.threads, self.resident, turn)))}>"
 
     def grid(self, rows: int, multiprocessors: int) -> int:
         chunks = -(-rows // self.rows)
@@ -113,14 +115,16 @@ class Variant:
         return min(chunks, constant("kBlockBlocks"), self.resident * multiprocessors)
 
 
-def choose(rows: int, widths: Sequence[int], dtype: torch.dtype, world: int, aligned: bool) -> Variant:
+def choose(
+    rows: int, widths: Sequence[int], dtype: torch.dtype, world: int, aligned: bool, turn: str = "none"
+) -> Variant:
     """The kernel for a shape. A function of what is the same on every rank."""
     groups = tuple(-(-width // GROUP) for width in widths)
     held = sum(map(power_of_two, groups)) * dtype.itemsize  # registers of a row in a warp: 2 for each
     if rows <= ROW_KERNEL_ROWS and held <= 20:
-        return Variant("row", dtype, world, groups, ROW_WARPS, aligned)
+        return Variant("row", dtype, world, groups, ROW_WARPS, aligned, turn)
     most = (8 if aligned else 4) // dtype.itemsize if sum(groups) <= 16 else 1
-    return Variant("block", dtype, world, groups, most if rows > ROW_KERNEL_ROWS // 2 else 1, aligned)
+    return Variant("block", dtype, world, groups, most if rows > ROW_KERNEL_ROWS // 2 else 1, aligned, turn)
 
 
 def variants(worlds: Sequence[int] = (2, 3, 4, 8)) -> Iterator[Variant]:
@@ -138,9 +142,11 @@ def variants(worlds: Sequence[int] = (2, 3, 4, 8)) -> Iterator[Variant]:
         (16384, 16384),
     )
     seen = set()
-    for world, widths, dtype, rows, aligned in product(worlds, shapes, KINDS, (1, 100_000), (True, False)):
-        variant = choose(rows, widths, dtype, world, aligned)
-        if variant not in seen:
+    for world, widths, dtype, rows, aligned, turn in product(
+        worlds, shapes, KINDS, (1, 100_000), (True, False), ("none", "halves", "neighbours")
+    ):
+        variant = choose(rows, widths, dtype, world, aligned, turn)
+        if variant not in seen and (turn == "none" or len(widths) == 2):
             seen.add(variant)
             yield variant
 
@@ -173,27 +179,31 @@ class ShardedNorm:
         eps: Sequence[float],
         weight_bias: float,
         stream: int,
+        rope: Rope | None = None,
     ) -> None:
-        """ys = norm of xs: one tensor, or q and k. `[T, n]` each, T > 0, elements of a row contiguous; ys may be xs."""
+        """ys = norm of xs, rotated by a rope that `why_not` has nothing against: one tensor, or q and k. `[T, n]` each, T > 0, elements of a row contiguous; ys may be xs."""
         x, y, w = xs[0], ys[0], weights[0]
         x2, y2, w2 = (xs[1], ys[1], weights[1]) if len(xs) == 2 else (x, y, w)
         rows, n, m = x.shape[0], x.shape[1], x2.shape[1]
         pointers = (x.data_ptr(), x2.data_ptr(), y.data_ptr(), y2.data_ptr())
         strides = (x.stride(0), x2.stride(0), y.stride(0), y2.stride(0))
         aligned = whole_vectors(x.element_size(), pointers, strides, n, m)
-        key = (rows, n, m if len(xs) == 2 else 0, x.dtype, aligned)
+        turn = "none" if rope is None else "neighbours" if rope.interleaved else "halves"
+        key = (rows, n, m if len(xs) == 2 else 0, x.dtype, aligned, turn)
         start = self._chosen.get(key)
         if start is None:
-            start = self._chosen[key] = self._choose(rows, tuple(t.shape[1] for t in xs), x.dtype, aligned)
+            start = self._chosen[key] = self._choose(rows, tuple(t.shape[1] for t in xs), x.dtype, aligned, turn)
         launcher, grid = start
         launcher(
             grid, stream, *pointers, w.data_ptr(), w2.data_ptr(), *strides, rows, n, m,
             GAMMA_CODES[w.dtype], GAMMA_CODES[w2.dtype], eps[0], eps[-1],
-            1.0 / (n * self._world), 1.0 / (m * self._world), weight_bias,
+            1.0 / (n * self._world), 1.0 / (m * self._world), weight_bias, *rotation(rope),
         )  # fmt: skip
 
-    def _choose(self, rows: int, widths: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> tuple[Launcher, int]:
-        variant = choose(rows, widths, dtype, self._world, aligned)
+    def _choose(
+        self, rows: int, widths: tuple[int, ...], dtype: torch.dtype, aligned: bool, turn: str
+    ) -> tuple[Launcher, int]:
+        variant = choose(rows, widths, dtype, self._world, aligned, turn)
         return self._launcher(variant), variant.grid(rows, self._multiprocessors)
 
     def _launcher(self, variant: Variant) -> Launcher:
@@ -209,6 +219,29 @@ class ShardedNorm:
                 load(made, self._index), LAYOUT, fixed=self._fixed[len(variant.groups)], block=variant.threads, pdl=True
             )
         return found
+
+
+def why_not(rope: Rope | None) -> str:
+    """Why the kernels can't rotate by `rope`; empty if they can."""
+    if rope is None:
+        return ""
+    pairs = rope.rotary_dim // 2
+    if GROUP % rope.head_dim or pairs % (4 if rope.interleaved else 8):
+        return (
+            f"cuda kernels rotate heads of a power of two up to {GROUP} elements, by multiples of 16 (interleaved: 8) "
+            f"of them; given head_dim={rope.head_dim}, rotary_dim={rope.rotary_dim}"
+        )
+    if rope.cos.data_ptr() % 16 or rope.sin.data_ptr() % 16:
+        return "cuda kernels need tables of cosines and sines that begin at 16 bytes"
+    return ""
+
+
+def rotation(rope: Rope | None) -> tuple[int, int, int, int, int]:
+    """The rotation's part of the arguments."""
+    if rope is None:
+        return 1, 0, 0, 0, 0
+    tables = rope.cos.data_ptr(), rope.sin.data_ptr(), rope.positions.data_ptr()
+    return rope.head_dim, rope.rotary_dim, *tables
 
 
 def whole_vectors(itemsize: int, pointers: Sequence[int], strides: Sequence[int], *widths: int) -> bool:
