@@ -18,13 +18,14 @@ from rich.console import Console
 from tpfuse.bench import machine
 from tpfuse.bench.cases import Case, Inputs, Outputs, cases_of, difference, expected, make_inputs
 from tpfuse.bench.ceilings import Rates, ceiling_us, link_bytes, memory_bytes
-from tpfuse.bench.implementations import BASELINES, Baseline, Site, Step, find_baselines
+from tpfuse.bench.implementations import BASELINES, Baseline, Ran, Site, Step, Tpfuse, find_baselines
 from tpfuse.bench.ops import finish, job, parse_tokens, run
-from tpfuse.bench.plot import plot, spread
+from tpfuse.bench.plot import check_plot, plot, spread
 from tpfuse.bench.records import TPFUSE, Record, modes, read, result_name, short_commit, short_gpu, write
 from tpfuse.bench.report import Key, ratio, times
 from tpfuse.errors import InvalidArgument, TpfuseError, Unsupported
 from tpfuse.launch import Ranks
+from tpfuse.plan import OPS, Counter, Plan, Report, Route
 from tpfuse.presets import PRESETS, find_preset
 
 ALL_REDUCE = {"all_reduce": "test"}
@@ -116,6 +117,37 @@ def test_rows_say_what_really_ran(records: list[Record]) -> None:
     assert result_name("minimax-m2", records) == "ops-minimax-m2-cpux2-control.jsonl"
 
 
+class Counted:
+    """A communicator of which only the counters matter here."""
+
+    def __init__(self) -> None:
+        own = Route("all_reduce", 64, "cuda", "two-shot", "fused", "")
+        fallback = Route("all_reduce", None, "collective", "all-reduce", "control", "too many rows")
+        others = (Route(op, None, "cuda", "one-shot", "fused", "") for op in OPS if op != "all_reduce")
+        self.plan = Plan("fused", "auto", 2, (own, fallback, *others))
+        self.counters = {route: Counter(route) for route in self.plan.routes}
+
+    def report(self) -> Report:
+        counters = tuple(c for c in self.counters.values() if c.calls)
+        return Report("fused", "mixed", 0, 2, "cuda:0", "nccl", self.plan, counters)
+
+
+def test_what_ran_is_read_from_the_counters() -> None:
+    comm, one = Counted(), case("minimax-m2", "all_reduce", 5, 2)
+    own, fallback, other, *_ = comm.plan.routes
+    ours = Tpfuse(comm)  # type: ignore[arg-type]
+    assert ours.ran(one) == Ran("", "", "fused", "none", "")  # whatever the plan says
+    comm.counters[own].calls += 2
+    comm.counters[other].calls += 1
+    assert ours.ran(one) == Ran("cuda", "two-shot", "fused", "fused", "")
+    comm.counters[fallback].calls += 1  # although the plan has another route for 5 rows
+    assert ours.ran(one) == Ran("collective", "all-reduce", "fused", "control", "too many rows")
+    comm.counters[own].calls += 1
+    comm.counters[fallback].calls += 1
+    assert ours.ran(one) == Ran("cuda + collective", "two-shot + all-reduce", "fused", "mixed", "too many rows")
+    assert ours.ran(one).effective_mode == "none"
+
+
 def test_a_baseline_that_cannot_run_is_a_failed_row(records: list[Record]) -> None:
     for name in ("nccl", "symm_mem_one_shot", "symm_mem_two_shot"):
         failed = rows(records, name)
@@ -179,6 +211,10 @@ def test_plot_is_written(records: list[Record], tmp_path: Path, monkeypatch: pyt
     assert path.stat().st_size > 20_000
     with pytest.raises(InvalidArgument, match="no row has a time"):
         plot(rows(records, "no_sum"), path)
+    for ending in ("pdf", "SVG"):
+        plot(records, tmp_path / f"ops.{ending}")
+    with pytest.raises(InvalidArgument, match=r"ops\.doc; supported endings: \.png, \.pdf, \.svg"):
+        check_plot("ops.doc")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(Unsupported, match=r"pip install tpfuse\[plot\]"):
         plot(records, path)

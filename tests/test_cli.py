@@ -24,10 +24,14 @@ ALONE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # no
 FEW_CASES = """
 import os
 from tpfuse import check, cli, reference
+from tpfuse.backends.collective import Collective
 every, right = check.cases, reference.rms_norm
 check.cases = lambda: [case for case in every() if case.width in (24, 72)]
 if os.environ.get("BREAK"):
     reference.rms_norm = lambda *args, **settings: [y + 1 for y in right(*args, **settings)]
+if os.environ.get("BREAK_RANK") == os.environ.get("RANK", "none"):
+    scale = Collective._scale
+    Collective._scale = lambda *args: 2 * scale(*args)
 if __name__ == "__main__":
     cli.main()
 """
@@ -110,7 +114,7 @@ def test_info_as_json() -> None:
     ("arguments", "says"),
     [
         (("fly",), "'fly'"),
-        (("--fly",), "--fly"),
+        (("--fly",), "--fly. See `tpfuse --help`."),
         (("info", "--fly"), "--fly"),
         (("check", "--world"), "--world"),
         (("check", "--world", "two"), "--world"),
@@ -127,6 +131,10 @@ def test_info_as_json() -> None:
         (("bench", "ops", "--baseline", "abacus"), "'abacus'"),
         (("bench", "ops", "--json", "no/such/folder/x.jsonl"), "no/such/folder"),
         (("bench", "ops", "--plot", "no/such/folder/x.png"), "no/such/folder"),
+        (("bench", "ops", "--json", os.curdir), "this is a folder; needed: the name of a file"),
+        (("bench", "ops", "--plot", "x.doc"), "x.doc; supported endings: .png, .pdf, .svg."),
+        (("bench", "ops", "--plot", "x"), "supported endings: .png, .pdf, .svg."),
+        (("bench", "ops", "--json", "/proc/x.jsonl"), "/proc/x.jsonl: can't be written: "),  # for root, too
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -157,7 +165,7 @@ def test_a_check_that_fails(few_cases: str) -> None:
     done = run(few_cases, "check", "--device", "cpu", "--world", "1", BREAK="1")
     assert (done.returncode, done.stderr) == (1, "")
     assert "6 of 12 cases passed" in done.stdout
-    assert "failed rms_norm 24 bfloat16: " in done.stdout
+    assert "failed rms_norm 24 bfloat16 on rank 0: " in done.stdout
     assert "failed all_reduce" not in done.stdout
 
 
@@ -168,10 +176,36 @@ def test_check_under_torchrun(few_cases: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("wrong", ["0", "1"])
+def test_a_rank_that_is_wrong_fails_the_check_under_torchrun(few_cases: str, wrong: str) -> None:
+    done = run(*TORCHRUN, few_cases, "check", "--device", "cpu", BREAK_RANK=wrong)
+    assert done.returncode == 1
+    assert done.stdout.count("6 of 12 cases passed") == 1
+    assert f"failed rms_norm 24 bfloat16 on rank {wrong}: " in done.stdout
+    assert done.stdout.count("failed qk_rms_norm 72+40") == 3
+
+
 def test_world_under_torchrun_is_torchruns(few_cases: str) -> None:
     done = run(*TORCHRUN, few_cases, "check", "--device", "cpu", "--world", "3")
     assert done.returncode != 0
     assert "tpfuse: error: --world 3, but torchrun started 2 ranks. Leave --world out.\n" in done.stderr
+
+
+def test_a_plot_without_matplotlib_is_one_line_before_the_run() -> None:
+    code = "import sys; sys.modules['matplotlib'] = None; from tpfuse import cli; cli.main()"
+    done = run("-c", code, "bench", "ops", "--device", "cpu", "--plot", "x.png")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"tpfuse: error: plot: matplotlib is missing[^\n]+\n", done.stderr), done.stderr
+
+
+def test_looking_at_a_path_leaves_nothing_there(tmp_path: Path) -> None:
+    figures = tmp_path / "m2.jsonl"
+    for content in (None, "before"):
+        if content is not None:
+            figures.write_text(content, encoding="utf-8")
+        done = tpfuse_command("bench", "ops", "--json", str(figures), "--tokens", "no")
+        assert done.returncode == 2
+        assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ([content] if content else [])
 
 
 def test_a_benchmark_writes_its_files(tmp_path: Path) -> None:

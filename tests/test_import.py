@@ -11,7 +11,7 @@ import pytest
 import tpfuse
 
 PUBLIC = {
-    "Communicator", "NormOutput", "Plan", "TpfuseError", "__version__", "errors", "nn", "ops", "reference",
+    "Communicator", "NormOutput", "Plan", "Rope", "TpfuseError", "__version__", "errors", "nn", "ops", "reference",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ def cases(draw):
     op = draw(st.sampled_from(OPS))
     rows = tuple(draw(st.lists(st.integers(0, 9), max_size=3)))
     permuted = len(rows) > 1 and draw(st.booleans())
+    outs = ["new"] if op == "all_reduce_rms_norm" else ["new", "given"] if permuted else ["new", "given", "in place"]
     return Case(
         op=op,
         rows=rows,
@@ -29,9 +30,7 @@ def cases(draw):
         weight_bias=draw(st.sampled_from([0.0, 1.0])),
         strided=draw(st.booleans()),
         permuted=permuted,
-        out="new"
-        if op == "all_reduce_rms_norm"
-        else draw(st.sampled_from(["new", "given"] + ["in place"] * (not permuted))),
+        out=draw(st.sampled_from(outs)),
         seed=draw(st.integers(0, 1000)),
     )
 

@@ -88,4 +88,4 @@ def same_rows(op: str, q: Tensor, k: Tensor) -> None:
 def viewable(x: Tensor) -> bool:
     """Whether the leading dimensions of x can be viewed as one."""
     leading = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
-    return all(outer == size * stride for (_, outer), (size, stride) in pairwise(leading))
+    return x.numel() == 0 or all(outer == size * stride for (_, outer), (size, stride) in pairwise(leading))

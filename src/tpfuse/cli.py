@@ -33,7 +33,7 @@ app.add_typer(bench, name="bench")
 World = Annotated[int | None, typer.Option(help="Ranks to start.", show_default="one a GPU, or 2 on a CPU")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is a GPU")]
 Mode = Annotated[str, typer.Option(help="fused, control (separate all-reduce and norm) or off (whole rows gathered).")]
-Backend = Annotated[str, typer.Option(help="auto or collective.")]
+Backend = Annotated[str, typer.Option(help="auto, cuda or collective.")]
 
 
 def _version(wanted: bool) -> None:

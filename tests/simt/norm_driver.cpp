@@ -7,7 +7,7 @@
 // or it is an earlier call again, as a graph replays it. The host keeps a copy of all memory and does on it what the
 // calls must do: outputs, the gaps between rows and inputs are compared alike.
 //
-// Arguments: world, kind (0 by warp, 1 by row, 2 by block; all), calls (at most so many), slow (rank 0 gets 1/64 of the
+// Arguments: world, kind (0 by row, 1 by block; all), calls (at most so many), slow (rank 0 gets 1/64 of the
 // time), missing (a rank that does not launch the last call), dump (a file: one call for each variant, for Python), first,
 // seeds. NORM_WORLDS and NORM_KINDS choose what is compiled, NORM_HEADER another header: a mutated one.
 #include <array>
@@ -24,7 +24,7 @@
 #define NORM_WORLDS 2, 3, 4, 6, 8
 #endif
 #ifndef NORM_KINDS  // a mask
-#define NORM_KINDS 7
+#define NORM_KINDS 3
 #endif
 #ifndef NORM_FEW  // bf16 and the usual widths only
 #define NORM_FEW 0
@@ -37,7 +37,7 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------------
 // What is compiled.
 
-enum class Kind : u32 { warp, row, block };
+enum class Kind : u32 { row, block };
 enum class Type : u32 { fp32, bf16, f16 };  // as NormArgs::gamma_type
 
 template <class T>
@@ -54,18 +54,17 @@ struct Variant {
   u32 warps;          // by row
   void (*kernel)(NormArgs);
 
-  u32 rows_at_once() const { return kind == Kind::warp ? 1 : kind == Kind::row ? warps : rows; }
+  u32 rows_at_once() const { return kind == Kind::row ? warps : rows; }
   u32 block_threads(const u32 (&count)[2]) const {
     u32 all = count[0] + count[1];
-    return kWarp * (kind == Kind::warp ? all : kind == Kind::row ? warps : (all + vectors - 1) / vectors);
+    return kWarp * (kind == Kind::row ? warps : (all + vectors - 1) / vectors);
   }
   bool fits(const u32 (&count)[2]) const {
-    if (kind == Kind::warp) return count[0] <= kWarpGroups && count[1] <= kWarpGroups;
     if (kind == Kind::row) return count[0] <= groups[0] && count[1] <= groups[1];
     return count[0] + count[1] <= kBlockGroups && block_threads(count) <= 1024;
   }
   std::string name() const {
-    static constexpr const char *kKinds[] = {"warp", "row", "block"}, *kTypes[] = {"fp32", "bf16", "f16"};
+    static constexpr const char *kKinds[] = {"row", "block"}, *kTypes[] = {"fp32", "bf16", "f16"};
     auto number = [](u32 n) { return std::to_string(n); };
     std::string out = std::string("norm_by_") + kKinds[u32(kind)] + " " + kTypes[u32(type)] + " x" + number(tensors) +
                       (aligned ? " aligned" : " unaligned");
@@ -77,20 +76,15 @@ struct Variant {
 
 std::vector<Variant> variants;
 
-template <class T, u32 W, u32 kTensors, bool kAligned>
-void by_warp() {
-  if constexpr (NORM_KINDS & 1)
-    variants.push_back({Kind::warp, kTypeOf<T>, kTensors, W, kAligned, {}, 0, 0, 0, norm_by_warp<T, kTensors, W, kAligned>});
-}
 template <class T, u32 W, u32 kGroups0, u32 kGroups1, bool kAligned, u32 kWarps>
 void by_row() {
-  if constexpr (NORM_KINDS & 2)
+  if constexpr (NORM_KINDS & 1)
     variants.push_back({Kind::row, kTypeOf<T>, kGroups1 ? 2u : 1u, W, kAligned, {kGroups0, kGroups1}, 0, 0, kWarps,
                         norm_by_row<T, W, kGroups0, kGroups1, kAligned, kWarps, 1>});
 }
 template <class T, u32 W, u32 kTensors, u32 kVectors, u32 kRows, bool kDeep, bool kAligned>
 void by_block() {
-  if constexpr (NORM_KINDS & 4)
+  if constexpr (NORM_KINDS & 2)
     variants.push_back({Kind::block, kTypeOf<T>, kTensors, W, kAligned, {}, kVectors, kRows, 0,
                         norm_by_block<T, kTensors, W, kVectors, kRows, kDeep, kAligned, 1024, 1>});
 }
@@ -98,17 +92,14 @@ void by_block() {
 // What every type has in every world, and one of two sets of further ones.
 template <class T, u32 W, bool kOther>
 void variants_of() {
-  by_warp<T, W, 2, true>();
   by_row<T, W, 8, 1, true, 2>();
   by_block<T, W, 2, 1, 4, true, true>();
   if constexpr (!NORM_FEW) {
-    by_warp<T, W, 1, kOther>();
-    by_row<T, W, 4, 0, kOther, 3>();
+      by_row<T, W, 4, 0, kOther, 3>();
     by_block<T, W, 1, 2, 2, true, kOther>();
   }
   if constexpr (!NORM_FEW && kOther) {
-    by_warp<T, W, 2, false>();
-    by_row<T, W, 2, 2, false, 1>();
+      by_row<T, W, 2, 2, false, 1>();
     by_block<T, W, 2, 4, 1, false, true>();
   }
   if constexpr (!NORM_FEW && !kOther) {
@@ -275,14 +266,13 @@ class Sequence {
         std::memset(space, 0x5a, NormSlots::bytes);
         u32* words = reinterpret_cast<u32*>(space);
         auto set = [&](u64 at, u64 count) { std::fill_n(words + at / 4, count, first_step_); };
-        set(NormSlots::warp_counters, u64(kWarpBlocks) * kWarpCounters);
         set(NormSlots::block_counters, kBlockBlocks);
         set(NormSlots::row_counters, kRowPlaces);
       }
       workspace_.push_back(reinterpret_cast<u64>(space));
       errors_.push_back(machine_.alloc_zeroed<Vec16>(rank, 2, "error record"));
     }
-    for (u32 kind = 0; kind < 3; ++kind) next_step_[kind].assign(kRowPlaces, first_step_ + 1);
+    for (u32 kind = 0; kind < 2; ++kind) next_step_[kind].assign(kRowPlaces, first_step_ + 1);
     if (setup.slow || random_.one_in(4)) machine_.slow(setup.slow ? 0 : random_.below(setup.world), 64);
   }
 
@@ -608,7 +598,7 @@ class Sequence {
   std::vector<Vec16*> errors_;
   std::vector<Array> arrays_;
   std::vector<Call> calls_;
-  std::vector<u32> next_step_[3];  // of each place, by kind
+  std::vector<u32> next_step_[2];  // of each place, by kind
 };
 
 }  // namespace

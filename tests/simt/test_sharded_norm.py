@@ -26,7 +26,7 @@ from .build import KERNELS, build, cache_folder, compiler, run
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no host C++ compiler")
 
 HEADER = (KERNELS / "sharded_norm.h").read_text()
-KINDS = ("warp", "row", "block")
+KINDS = ("row", "block")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the driver's `Type`
 
 
@@ -68,35 +68,24 @@ TPF_DEVICE void torn_store(Vec16* p, const Vec16& x) {
   store_system(reinterpret_cast<u64*>(p) + 1, u64(x.w[3]) << 32 | x.w[2]);
 }
 """
-COPIES = "lane() % warps == warp_index()"
 MUTATIONS = {
-    "one_slot": Mutation({f"{kind}Ring = 2;": f"{kind}Ring = 1;" for kind in ("kWarp", "kRow", "kBlock")}),
+    "one_slot": Mutation({f"{kind}Ring = 2;": f"{kind}Ring = 1;" for kind in ("kRow", "kBlock")}),
     "stride_of_the_grid": Mutation(
         {
-            "u64(block_index()) * kWarpRing + step % kWarpRing": "step % kWarpRing * u64(grid_size()) + block_index()",
             "u64(block_index()) * kBlockRing + step % kBlockRing": "step % kBlockRing * grid_size() + block_index()",
             "u64(place) * kRowRing * kMaxWorld": "u64(place) * kMaxWorld",
             "return step % kRowRing *": "return step % kRowRing * grid_size() * (block_size() / kWarp) *",
         }
     ),
     "no_dependency_wait": Mutation({"dependency_wait();": ""}),
-    "any_packet": Mutation(
-        {"waits[k] = u32(packet >> 32) != step": "waits[k] = packet == 0", "packet.w[2] != step": "packet.w[2] == 0"}
-    ),
+    "any_packet": Mutation({"packet.w[2] != step": "packet.w[2] == 0"}),
     "torn_packet": Mutation(
         {
             "store_system(reinterpret_cast<": "torn_store(reinterpret_cast<",
             "namespace tpfuse {": "namespace tpfuse {" + TORN,
         }
     ),
-    "late_counter": Mutation(
-        {
-            "store_global(counters + lane(), step)": "store_global(counters + lane(), step - 1)",
-            "store_global(counter, step)": "store_global(counter, step - 1)",
-        }
-    ),
-    "counter_under_other_warps": Mutation({COPIES: "warp_index() == 0"}, ("warp",)),
-    "idle_copies_stay": Mutation({COPIES: "lane() == warp_index()"}, ("warp",)),
+    "late_counter": Mutation({"store_global(counter, step)": "store_global(counter, step - 1)"}),
     "no_barrier_for_gamma": Mutation({"barrier();\n\n  dependency_trigger();": "dependency_trigger();"}, ("row",)),
     "no_barrier_before_exchange": Mutation(
         {"barrier();\n    if (warp_index() == 0)": "if (warp_index() == 0)"}, ("block",)

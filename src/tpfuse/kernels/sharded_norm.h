@@ -1,34 +1,43 @@
 // RMSNorm of rows whose width is split over W ranks: one tensor (rms_norm) or two at once (qk_rms_norm).
 //
 // The only thing that crosses the links is each row's sum of squares: one float a tensor, a row and a rank. The rest is
-// one read and one write of the rows, so few rows are bound by the exchange (about 1.9 us between H200s) and many rows
-// by memory. Two kernels, bit for bit the same results:
+// one read and one write of the rows, so few rows are bound by the exchange and many rows by memory. Two kernels, bit for
+// bit the same results:
 //
-//   norm_by_warp   few rows. A block has one row at a time, a warp one group of 256 elements of it. Each warp sends its
-//                  own group's sum and polls for all groups of its tensor: no block barrier, no shared memory.
-//   norm_by_block  many rows. A block has kRows rows at a time; warp 0 sends one packet a row and rank, polls for all,
-//                  and the other warps meanwhile have the next rows' loads in flight. With kAhead = 1 the sums of the
-//                  next step are sent before those of this step are awaited, which hides the exchange and the skew
-//                  between ranks behind a whole step.
+//   norm_by_row    few rows. A warp has a whole row in registers, so nothing is shared between warps and nothing waits at
+//                  a barrier; one packet a rank carries the sums of both tensors.
+//   norm_by_block  many rows, and rows too wide for a warp. A block has kRows rows at a time; warp 0 sends one packet a
+//                  row and rank and polls for all, while the next rows' loads are in flight.
 //
 // Protocol (docs/protocol.md proves it)
-//   A packet carries its flag: {sum, step} in one 8-byte store, {sum, sum, step, 0} in one 16-byte store, each naturally
-//   atomic. The reader spins until the step is the one it waits for. Nothing is ever cleared.
-//   Steps come from a counter in device memory that only this block uses, so replays of a CUDA graph go on counting.
-//   Slots lie at a stride fixed by kMaxBlocks and kMaxRows, never by the grid: a call of another size must not find
-//   another block's old packet with the step that it is waiting for.
-//   Ring: a rank pushes step j only after it has consumed step j - 1 - kAhead of every peer, and a peer's packet of step
-//   j proves that the peer has consumed step j - 1 - kAhead; so 2 kAhead + 2 slots never lose a packet.
+//   A packet carries its flag: {sum, sum, step, 0} in one naturally atomic 16-byte store. The reader spins until the step
+//   is the one it waits for. Nothing is ever cleared.
+//   Steps come from a counter in device memory that only this warp (this block) uses, so replays of a CUDA graph go on
+//   counting.
+//   Slots lie at a stride fixed by constants, never by the grid: a call of another size must not find another block's old
+//   packet with the step that it is waiting for.
+//   Ring: a rank pushes step j + 1 only after it has consumed step j of every peer, and a peer's packet of step j proves
+//   that the peer has consumed step j - 1; so two slots never lose a packet.
 //   A block waits only for the block of the same index on other ranks, and blocks start by index: no grid has to fit the
 //   GPU at once.
-//   Every spin is bounded by the device clock. A block that gives up writes the error record and leaves.
+//   Every spin is bounded by the device clock. Who gives up writes the error record and leaves.
+//
+// Tried on 4x H200 and dropped (docs/qk-norm-performance.md has the figures):
+//   a warp for each group of 256 elements, each sending its own packet: not faster at one row, and 1.5x to 2x slower from
+//   1024 rows on, where the packets and polls of 7 warps a row get into each other's way;
+//   sums sent one step ahead of their use (ring of 4), from registers and from shared memory by asynchronous copies: the
+//   registers or the second trip cost what the hidden exchange gains;
+//   chunks drawn from a ticket counter instead of a fixed stride: balances the multiprocessors (a plain copy gains 8%),
+//   but its packets need a slot a row, which fall out of L2 between calls, and remote writes to memory that is not in
+//   L2 cost more than the balance gains (46 us against 37 at 16384 rows);
+//   one chunk a block and no loop: 43 to 49 us at 16384 rows, every block pays the exchange.
 //
 // Order under programmatic dependent launch: gamma is a weight and is loaded before the wait; activations and the
 // counters only after it. The trigger comes at once after the wait: the next grid waits for the end of this one itself.
 //
 // Sums follow tpfuse.reference.sum_of_squares: 8 elements in a lane, 32 lanes, groups of 256; each level is folded by
-// halves. Padding with zeros to a larger power of two does not change a bit, so both kernels fold a fixed number of
-// groups. Ranks are added in rank order.
+// halves. Padding with zeros to a larger power of two does not change a bit, so kernels may fold more groups than there
+// are. Ranks are added in rank order.
 #pragma once
 #include "platform.h"
 
@@ -39,10 +48,6 @@ constexpr u32 kLaneElements = 8;
 constexpr u32 kGroupElements = kLaneElements * kWarp;
 
 // Host and device share these through tpfuse.backends.cuda.sharded_norm, which reads them out of this file.
-constexpr u32 kWarpBlocks = 1024;   // most blocks of norm_by_warp
-constexpr u32 kWarpGroups = 8;      // most groups of a tensor in norm_by_warp
-constexpr u32 kWarpRing = 2;
-constexpr u32 kWarpCounters = 16;   // copies of a block's counter, one a warp
 constexpr u32 kRowPlaces = 4224;    // most warps of norm_by_row
 constexpr u32 kRowRing = 2;
 constexpr u32 kBlockBlocks = 1056;  // most blocks of norm_by_block
@@ -75,13 +80,11 @@ struct NormArgs {
 
 // Where things lie in a rank's workspace.
 struct NormSlots {
-  static constexpr u64 warp_counters = 0;
-  static constexpr u64 block_counters = warp_counters + u64(kWarpBlocks) * kWarpCounters * 4;
-  static constexpr u64 warp_slots = (block_counters + u64(kBlockBlocks) * 4 + 127) / 128 * 128;
-  static constexpr u64 block_slots = warp_slots + u64(kWarpBlocks) * kWarpRing * kMaxWorld * 2 * kWarpGroups * 8;
-  static constexpr u64 row_slots = block_slots + u64(kBlockBlocks) * kBlockRing * kMaxWorld * kBlockRows * 16;
-  static constexpr u64 row_counters = row_slots + u64(kRowPlaces) * kRowRing * kMaxWorld * 16;
-  static constexpr u64 bytes = row_counters + u64(kRowPlaces) * 4;
+  static constexpr u64 row_counters = 0;
+  static constexpr u64 block_counters = row_counters + u64(kRowPlaces) * 4;
+  static constexpr u64 row_slots = (block_counters + u64(kBlockBlocks) * 4 + 127) / 128 * 128;
+  static constexpr u64 block_slots = row_slots + u64(kRowPlaces) * kRowRing * kMaxWorld * 16;
+  static constexpr u64 bytes = block_slots + u64(kBlockBlocks) * kBlockRing * kMaxWorld * kBlockRows * 16;
 };
 
 // Eight elements of a row, as they lie in memory.
@@ -305,108 +308,7 @@ TPF_DEVICE void report(const NormArgs& a, u32 peer, u32 step, u64 waited_ns) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Few rows.
-
-template <u32 W>
-TPF_DEVICE u64 warp_slot(u64 workspace, u32 step, u32 source, u32 tensor, u32 group) {
-  u64 index = (u64(block_index()) * kWarpRing + step % kWarpRing) * kMaxWorld + source;
-  return workspace + NormSlots::warp_slots + ((index * 2 + tensor) * kWarpGroups + group) * 8;
-}
-
-// The total over all ranks from their groups' packets; lane i waits for group i % 8 of rank i / 8, and of rank
-// i / 8 + 4 where there are more than 4. False: somebody did not come.
-template <u32 W>
-TPF_DEVICE bool receive_groups(const NormArgs& a, u32 step, u32 tensor, u32 groups, float& total) {
-  constexpr u32 kPolls = (W * kWarpGroups + kWarp - 1) / kWarp;
-  constexpr u32 kRanksPerPoll = kWarp / kWarpGroups;
-  u32 group = lane() % kWarpGroups;
-  float sums[kPolls];
-  const u64* slot[kPolls];
-  bool waits[kPolls];
-  TPF_UNROLL
-  for (u32 k = 0; k < kPolls; ++k) {
-    u32 source = lane() / kWarpGroups + k * kRanksPerPoll;
-    waits[k] = group < groups && source < W;
-    sums[k] = 0;
-    slot[k] = reinterpret_cast<const u64*>(
-        warp_slot<W>(workspace_of<W>(a, a.rank), step, waits[k] ? source : 0, tensor, waits[k] ? group : 0));
-  }
-  Patience patience;
-  bool done;
-  do {
-    done = true;
-    TPF_UNROLL
-    for (u32 k = 0; k < kPolls; ++k) {
-      if (waits[k]) {
-        u64 packet = load_system(slot[k]);
-        sums[k] = float_of(u32(packet));
-        waits[k] = u32(packet >> 32) != step;
-        done = done && !waits[k];
-      }
-    }
-    if (!done && patience.over(a.timeout_ns)) {
-      TPF_UNROLL
-      for (u32 k = 0; k < kPolls; ++k) {
-        if (waits[k]) report(a, lane() / kWarpGroups + k * kRanksPerPoll, step, patience.waited_ns());
-      }
-      break;
-    }
-  } while (!done);
-  if (!all(done)) return false;
-  TPF_UNROLL
-  for (u32 k = 0; k < kPolls; ++k) {
-    TPF_UNROLL
-    for (u32 mask = kWarpGroups / 2; mask > 0; mask /= 2) sums[k] = add_rn(sums[k], shuffle_xor(sums[k], mask));
-  }
-  total = shuffle(sums[0], 0);
-  TPF_UNROLL
-  for (u32 r = 1; r < W; ++r) total = add_rn(total, shuffle(sums[r / kRanksPerPoll], r % kRanksPerPoll * kWarpGroups));
-  return true;
-}
-
-// Block: 32 threads for each group of both tensors. Grid: at most kWarpBlocks.
-template <class T, u32 kTensors, u32 W, bool kAligned>
-TPF_KERNEL(512, 1)
-void norm_by_warp(const TPF_GRID_CONSTANT NormArgs a) {
-  u32 groups0 = group_count(a.width[0]);
-  u32 t = kTensors == 2 && warp_index() >= groups0 ? 1 : 0;
-  u32 group = t == 0 ? warp_index() : warp_index() - groups0;
-  u32 width = t == 0 ? a.width[0] : a.width[1];
-  u32 groups = group_count(width);
-  u32 at = group * kGroupElements + lane() * kLaneElements;
-  float gamma[8];
-  load_gamma(a, t, at, gamma);
-
-  dependency_trigger();
-  dependency_wait();
-  // Every warp reads its own copy of the counter and all copies are kept equal, so no warp waits for another here.
-  u32* counters = reinterpret_cast<u32*>(workspace_of<W>(a, a.rank) + NormSlots::warp_counters);
-  counters += block_index() * kWarpCounters;
-  u32 step = load_global(counters + warp_index());
-  const T* x = reinterpret_cast<const T*>(t == 0 ? a.x[0] : a.x[1]);
-  T* y = reinterpret_cast<T*>(t == 0 ? a.y[0] : a.y[1]);
-  i64 x_stride = t == 0 ? a.x_stride[0] : a.x_stride[1], y_stride = t == 0 ? a.y_stride[0] : a.y_stride[1];
-
-  for (u32 row = block_index(); row < a.rows; row += grid_size()) {
-    Lane<T> own = load_lane<T, kAligned>(x + row * x_stride, at, width);
-    float sum = lane_square(own);
-    TPF_UNROLL
-    for (u32 mask = kWarp / 2; mask > 0; mask /= 2) sum = add_rn(sum, shuffle_xor(sum, mask));
-    ++step;
-    if (lane() < W)
-      store_system(reinterpret_cast<u64*>(warp_slot<W>(workspace_of<W>(a, lane()), step, a.rank, t, group)),
-                   u64(step) << 32 | bits_of(sum));
-    float total;
-    if (!receive_groups<W>(a, step, t, groups, total)) return;
-    float inverse = inverse_rms(total, t == 0 ? a.reciprocal[0] : a.reciprocal[1], t == 0 ? a.eps[0] : a.eps[1]);
-    store_lane<T, kAligned>(y + row * y_stride, at, width, normed(own, inverse, gamma, Rotation<Turn::none>()));
-  }
-  u32 warps = block_size() / kWarp;
-  if (lane() < kWarpCounters && lane() % warps == warp_index()) store_global(counters + lane(), step);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Some rows: a warp has a whole row, so nothing is shared between warps, and one packet a rank carries both sums.
+// Few rows: a warp has a whole row.
 
 // A place's ring: kRowRing slots for each source rank.
 TPF_DEVICE u64 row_slots(u64 workspace, u32 place, u32 source) {

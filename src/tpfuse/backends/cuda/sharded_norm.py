@@ -30,7 +30,6 @@ from tpfuse.backends.cuda.workspace import Workspace
 from tpfuse.errors import Unsupported
 from tpfuse.rope import Rope
 
-SOURCE = '#include "sharded_norm.h"\n'
 OPS = {"rms_norm": 1, "qk_rms_norm": 2}  # number of tensors; also the `op` of an error record
 KINDS = {torch.float32: "float", torch.bfloat16: "tpfuse::bf16", torch.float16: "tpfuse::f16"}
 GAMMA_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -56,10 +55,15 @@ def constant(name: str) -> int:
 
 def workspace_bytes() -> int:
     """What the kernels need of a workspace: NormSlots::bytes."""
-    slots = 8 * 16  # one packet of every rank
-    blocks = constant("kBlockBlocks") * (4 + constant("kBlockRing") * constant("kBlockRows") * slots)
-    rows = constant("kRowPlaces") * (4 + constant("kRowRing") * slots)
-    return blocks + rows + 4096  # alignment between the parts
+    packets = 8 * 16  # one of every rank
+    blocks = constant("kBlockBlocks") * (4 + constant("kBlockRing") * constant("kBlockRows") * packets)
+    rows = constant("kRowPlaces") * (4 + constant("kRowRing") * packets)
+    return blocks + rows + 128  # the slots begin at a multiple of 128
+
+
+def source() -> str:
+    """What is compiled: the kernels, and a check that they stay inside of the workspace."""
+    return f'#include "sharded_norm.h"\nstatic_assert(tpfuse::NormSlots::bytes <= {workspace_bytes()});\n'
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ class ShardedNorm:
                     f"sharded norm: the kernel for {variant.groups} groups of {variant.dtype} is not compiled yet, and "
                     "a CUDA graph is being captured. Call it once with this dtype and these widths before the capture."
                 )
-            made = compile_kernel(SOURCE, variant.name_expression, arch=self._arch)
+            made = compile_kernel(source(), variant.name_expression, arch=self._arch)
             found = self._launchers[variant] = Launcher(
                 load(made, self._index), LAYOUT, fixed=self._fixed[len(variant.groups)], block=variant.threads, pdl=True
             )
