@@ -74,12 +74,19 @@ def agree(board: Board, facts: Mapping[str, object], timeout: float, topic: str 
 
 def diagnose(board: Board, number: int, call: str, cause: str, timeout: float) -> TpfuseError:
     """Say which rank is where when call `number` failed on this one. Never raises, returns the error to raise."""
+    others: dict[int, dict[str, object]] = {}
     try:
         board.pin(f"failed/{number}", {"call": call})
         others = board.read(f"failed/{number}", min(GRACE, timeout))
-    except RuntimeError:
-        others = {board.rank: {"call": call}}
+    except RuntimeError:  # the store's host is gone
+        pass
     here = f"call #{number}, {call} on rank {board.rank}"
+    if board.rank not in others:
+        return PeerTimeout(
+            f"{here}: the exchange failed ({cause}), and so did the store that could say which rank is missing. It "
+            "lives in one rank's process, mostly rank 0's: look at that rank's log. This communicator can't be used any "
+            "more."
+        )
     different = [f"rank {r} is in {o['call']}" for r, o in sorted(others.items()) if o["call"] != call]
     if different:
         return RankMismatch(

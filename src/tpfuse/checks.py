@@ -65,8 +65,10 @@ def same_shape(op: str, name: str, y: Tensor, x: Tensor) -> None:
 
 
 def output(op: str, out: Tensor, x: Tensor) -> None:
-    """out: like x, dtype included, its rows at one stride."""
+    """out: like x, dtype included, its rows at one stride and apart."""
     same_shape(op, "out", out, x)
+    if any(size > 1 and stride < out.shape[-1] for size, stride in zip(out.shape[:-1], out.stride()[:-1], strict=True)):
+        raise InvalidArgument(f"{op}: out has shape {list(out.shape)} and strides {out.stride()}: its rows overlap.")
     if out.dim() > 2 and not viewable(out):
         raise InvalidArgument(
             f"{op}: out has shape {list(out.shape)} and strides {out.stride()}; needed: rows at one stride, "

@@ -30,6 +30,7 @@ from tpfuse.plan import MODES, Counter, Facts, Plan, Report, Route, combined_mod
 from tpfuse.reference import NormOutput
 from tpfuse.rope import Rope
 
+MAX_TIMEOUT = 1e6  # seconds; an endless wait is what the timeout is there to prevent
 BACKENDS = ("auto", "cuda", "collective")
 
 _made: dict[str, int] = {}  # communicators made so far on each group, so that every one has its own name
@@ -430,8 +431,10 @@ def _check_settings(mode: str, backend: str, max_hidden: int, timeout: float) ->
         raise InvalidArgument(
             f"Communicator: max_hidden={max_hidden!r}; needed: a whole number of elements, at least 1."
         )
-    if not timeout > 0:
-        raise InvalidArgument(f"Communicator: timeout={timeout!r}; needed: seconds, more than 0.")
+    if not isinstance(timeout, (int, float)) or not 0 < timeout < MAX_TIMEOUT:
+        raise InvalidArgument(
+            f"Communicator: timeout={timeout!r}; needed: seconds, more than 0, below {MAX_TIMEOUT:g}."
+        )
 
 
 def _resolve_device(group: dist.ProcessGroup, device: torch.device | str | None) -> tuple[torch.device, str]:
@@ -440,7 +443,10 @@ def _resolve_device(group: dist.ProcessGroup, device: torch.device | str | None)
     if device is None:
         gpu = "cuda" in transports and torch.cuda.is_available() and transports["cuda"] != "gloo"
         device = "cuda" if gpu else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidArgument(f"Communicator: device={device!r}; supported: cpu, cuda, cuda:N.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise Unsupported(f"Communicator: device={device}, but torch sees no GPU here. Use device='cpu'.")
     if device.type == "cuda" and device.index is None:

@@ -94,8 +94,14 @@ class Ranks:
 
     def run(self, job: Callable[..., Any], *args: Any, progress: Progress | None = None) -> list[Any]:
         """Raises the first failure: a rank's own TpfuseError, or RankFailed."""
-        for pipe in self._pipes:
-            pipe.send((job, args))
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                pipe.send((job, args))
+            except OSError as error:
+                self.close()
+                raise RankFailed(
+                    f"rank {rank}: its process is not there any more ({error}). Start new ranks."
+                ) from error
         results: dict[int, Any] = {}
         failures: dict[int, TpfuseError] = {}
         waiting = set(range(self.world))

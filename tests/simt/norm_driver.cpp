@@ -3,16 +3,15 @@
 // other too.
 //
 // A seed draws the machine's options and a sequence of calls. A call draws a kernel, a type, one or two tensors, widths,
-// strides, offsets, gamma's types, rows and a grid; it reads fresh rows or what an earlier call wrote, in place or not,
-// or it is an earlier call again, as a graph replays it. The host keeps a copy of all memory and does on it what the
-// calls must do: outputs, the gaps between rows and inputs are compared alike.
+// strides, offsets, gamma's types, a rotation, rows and a grid; it reads fresh rows or what an earlier call wrote, in
+// place or not, or it is an earlier call again, as a graph replays it. The host keeps a copy of all memory and does on
+// it what the calls must do: outputs, the gaps between rows, and inputs are compared alike.
 //
-// Arguments: world, kind (0 by row, 1 by block; all), calls (at most so many), slow (rank 0 gets 1/64 of the
-// time), missing (a rank that does not launch the last call), dump (a file: one call for each variant, for Python), first,
+// Arguments: world, kind (0 by row, 1 by block; both), calls (at most so many), slow (rank 0 gets 1/64 of the time),
+// missing (a rank that does not launch the last call), dump (a file: one call for each variant, for Python), first,
 // seeds. NORM_WORLDS and NORM_KINDS choose what is compiled, NORM_HEADER another header: a mutated one.
-#include <array>
+#include <algorithm>
 #include <cmath>
-#include <fstream>
 #include <vector>
 
 #include "simt.h"
@@ -26,7 +25,7 @@
 #ifndef NORM_KINDS  // a mask
 #define NORM_KINDS 3
 #endif
-#ifndef NORM_FEW  // bf16 and the usual widths only
+#ifndef NORM_FEW  // 1: bf16 only; 2: of those, the two usual kernels
 #define NORM_FEW 0
 #endif
 
@@ -49,44 +48,44 @@ struct Variant {
   Type type;
   u32 tensors, world;
   bool aligned;
-  u32 groups[2];      // by row: most groups of each tensor
-  u32 vectors, rows;  // by block
-  u32 warps;          // by row
+  Turn turn;
+  u32 groups[2], warps;  // by row: most groups of each tensor
+  u32 vectors, rows;     // by block
   void (*kernel)(NormArgs);
 
   u32 rows_at_once() const { return kind == Kind::row ? warps : rows; }
-  u32 block_threads(const u32 (&count)[2]) const {
-    u32 all = count[0] + count[1];
-    return kWarp * (kind == Kind::row ? warps : (all + vectors - 1) / vectors);
+  u32 block_threads(const u32 (&width)[2]) const {
+    u32 count = group_count(width[0]) + group_count(width[1]);
+    return kWarp * (kind == Kind::row ? warps : (count + vectors - 1) / vectors);
   }
-  bool fits(const u32 (&count)[2]) const {
+  bool fits(const u32 (&width)[2]) const {
+    u32 count[] = {group_count(width[0]), group_count(width[1])};
     if (kind == Kind::row) return count[0] <= groups[0] && count[1] <= groups[1];
-    return count[0] + count[1] <= kBlockGroups && block_threads(count) <= 1024;
+    return count[0] + count[1] <= kBlockGroups && block_threads(width) <= 1024;
   }
   std::string name() const {
-    static constexpr const char *kKinds[] = {"row", "block"}, *kTypes[] = {"fp32", "bf16", "f16"};
+    static constexpr const char *kTypes[] = {"fp32", "bf16", "f16"}, *kTurns[] = {"", " halves", " neighbours"};
     auto number = [](u32 n) { return std::to_string(n); };
-    std::string out = std::string("norm_by_") + kKinds[u32(kind)] + " " + kTypes[u32(type)] + " x" + number(tensors) +
-                      (aligned ? " aligned" : " unaligned");
-    if (kind == Kind::row) out += " groups " + number(groups[0]) + "+" + number(groups[1]) + " warps " + number(warps);
-    if (kind == Kind::block) out += " vectors " + number(vectors) + " rows " + number(rows);
-    return out;
+    std::string out = std::string(kind == Kind::row ? "norm_by_row " : "norm_by_block ") + kTypes[u32(type)] + " x" +
+                      number(tensors) + (aligned ? " aligned" : " unaligned") + kTurns[u32(turn)];
+    if (kind == Kind::block) return out + " vectors " + number(vectors) + " rows " + number(rows);
+    return out + " groups " + number(groups[0]) + "+" + number(groups[1]) + " warps " + number(warps);
   }
 };
 
 std::vector<Variant> variants;
 
-template <class T, u32 W, u32 kGroups0, u32 kGroups1, bool kAligned, u32 kWarps>
+template <class T, u32 W, u32 kGroups0, u32 kGroups1, bool kAligned, u32 kWarps, Turn kTurn = Turn::none>
 void by_row() {
   if constexpr (NORM_KINDS & 1)
-    variants.push_back({Kind::row, kTypeOf<T>, kGroups1 ? 2u : 1u, W, kAligned, {kGroups0, kGroups1}, 0, 0, kWarps,
-                        norm_by_row<T, W, kGroups0, kGroups1, kAligned, kWarps, 1>});
+    variants.push_back({Kind::row, kTypeOf<T>, kGroups1 ? 2u : 1u, W, kAligned, kTurn, {kGroups0, kGroups1}, kWarps, 0, 0,
+                        norm_by_row<T, W, kGroups0, kGroups1, kAligned, kWarps, 1, kTurn>});
 }
-template <class T, u32 W, u32 kTensors, u32 kVectors, u32 kRows, bool kDeep, bool kAligned>
+template <class T, u32 W, u32 kTensors, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, Turn kTurn = Turn::none>
 void by_block() {
   if constexpr (NORM_KINDS & 2)
-    variants.push_back({Kind::block, kTypeOf<T>, kTensors, W, kAligned, {}, kVectors, kRows, 0,
-                        norm_by_block<T, kTensors, W, kVectors, kRows, kDeep, kAligned, 1024, 1>});
+    variants.push_back({Kind::block, kTypeOf<T>, kTensors, W, kAligned, kTurn, {}, 0, kVectors, kRows,
+                        norm_by_block<T, kTensors, W, kVectors, kRows, kDeep, kAligned, 1024, 1, kTurn>});
 }
 
 // What every type has in every world, and one of two sets of further ones.
@@ -94,17 +93,21 @@ template <class T, u32 W, bool kOther>
 void variants_of() {
   by_row<T, W, 8, 1, true, 2>();
   by_block<T, W, 2, 1, 4, true, true>();
-  if constexpr (!NORM_FEW) {
-      by_row<T, W, 4, 0, kOther, 3>();
+  if constexpr (NORM_FEW < 2) {
+    by_row<T, W, 4, 0, kOther, 3>();
     by_block<T, W, 1, 2, 2, true, kOther>();
   }
-  if constexpr (!NORM_FEW && kOther) {
-      by_row<T, W, 2, 2, false, 1>();
+  if constexpr (NORM_FEW < 2 && kOther) {
+    by_row<T, W, 2, 2, false, 1>();
+    by_row<T, W, 8, 1, true, 4, Turn::halves>();
     by_block<T, W, 2, 4, 1, false, true>();
+    by_block<T, W, 2, 1, 4, true, true, Turn::neighbours>();
   }
-  if constexpr (!NORM_FEW && !kOther) {
+  if constexpr (NORM_FEW < 2 && !kOther) {
     by_row<T, W, 1, 4, true, 4>();
+    by_row<T, W, 4, 4, false, 2, Turn::neighbours>();
     by_block<T, W, 2, 2, 4, false, false>();
+    by_block<T, W, 2, 2, 2, true, true, Turn::halves>();
     by_block<T, W, 1, 1, 4, true, true>();
   }
 }
@@ -164,6 +167,16 @@ float sum_of_squares(const std::vector<float>& row) {
     group_sums[g] = fold(lane_sums, 32);
   }
   return fold(group_sums.data(), groups);
+}
+
+// One head, turned by the angles of its row.
+void turn(Turn how, float* head, u32 rotary_dim, const float* cosines, const float* sines) {
+  for (u32 i = 0; i < rotary_dim / 2; ++i) {
+    u32 first = how == Turn::halves ? i : 2 * i, second = how == Turn::halves ? i + rotary_dim / 2 : 2 * i + 1;
+    float x1 = head[first], x2 = head[second];
+    head[first] = x1 * cosines[i] - x2 * sines[i];
+    head[second] = x2 * cosines[i] + x1 * sines[i];
+  }
 }
 
 // rows[r]: rank r's row; becomes its result, not yet rounded.
@@ -229,14 +242,17 @@ struct Call {
   u32 rows, grid, threads;
   u32 width[2];
   View x[2], y[2], gamma[2];
+  u32 head_dim, rotary_dim;
+  size_t cosines, sines, positions;  // arrays; the last holds 64-bit integers
   float eps[2], bias;
   bool pdl;
 
   std::string text() const {
     char out[400];
-    std::snprintf(out, sizeof out, "  %s: %u rows of %u+%u, grid %u x %u, x in %zu+%zu stride %zu, y in %zu+%zu stride %zu, pdl %d\n",
-                  variant->name().c_str(), rows, width[0], width[1], grid, threads, x[0].array, x[0].offset, x[0].stride,
-                  y[0].array, y[0].offset, y[0].stride, pdl);
+    std::snprintf(out, sizeof out,
+                  "  %s: %u rows of %u+%u, heads %u of %u, grid %u x %u, x in %zu+%zu stride %zu, y in %zu+%zu stride %zu, pdl %d\n",
+                  variant->name().c_str(), rows, width[0], width[1], rotary_dim, head_dim, grid, threads, x[0].array,
+                  x[0].offset, x[0].stride, y[0].array, y[0].offset, y[0].stride, pdl);
     return out;
   }
 };
@@ -334,19 +350,18 @@ class Sequence {
   }
 
   // One call of a variant; inputs and outputs go to a file that Python reads.
-  void dump(const Variant& variant, std::ofstream& file) {
+  void dump(const Variant& variant, std::FILE* file) {
     draw(&variant);
     const Call& call = calls_.back();
     auto word = [&](auto x) {
       static_assert(sizeof(x) == 4);
-      file.write(reinterpret_cast<const char*>(&x), 4);
+      std::fwrite(&x, 4, 1, file);
     };
     auto rows = [&](const View& view, u32 width, u32 count) {
+      u32 size = size_of(arrays_[view.array].type);
       for (u32 rank = 0; rank < setup_.world; ++rank) {
-        for (u32 row = 0; row < count; ++row) {
-          u32 size = size_of(arrays_[view.array].type);
-          file.write(reinterpret_cast<const char*>(view.address(arrays_, rank)) + row * view.stride * size, width * size);
-        }
+        for (u32 row = 0; row < count; ++row)
+          std::fwrite(reinterpret_cast<const char*>(view.address(arrays_, rank)) + row * view.stride * size, size, width, file);
       }
     };
     word(setup_.world);
@@ -354,6 +369,13 @@ class Sequence {
     word(variant.tensors);
     word(call.rows);
     word(call.bias);
+    word(variant.turn);
+    word(call.head_dim);
+    word(call.rotary_dim);
+    if (variant.turn != Turn::none) {
+      word(u32(arrays_[call.cosines].count));
+      for (size_t array : {call.cosines, call.sines, call.positions}) rows({array, 0, 0}, u32(arrays_[array].count), 1);
+    }
     for (u32 t = 0; t < variant.tensors; ++t) {
       word(call.width[t]);
       word(arrays_[call.gamma[t].array].type);
@@ -454,21 +476,45 @@ class Sequence {
     }
   }
 
-  void draw_widths(const Variant& v, u32 (&width)[2]) {
+  // A head is a power of two of at most 256 elements, and a lane's 8 turn together.
+  void draw_heads(Call& call) {
+    Turn how = call.variant->turn;
+    if (how == Turn::none) return;
+    call.rotary_dim = how == Turn::halves ? 16 << random_.below(5) : 8 << random_.below(6);
+    call.head_dim = std::min(256u, call.rotary_dim << random_.below(2));
+  }
+
+  void draw_widths(Call& call) {
     static constexpr u32 kOne[][2] = {{256, 0}, {1536, 0}, {24, 0}, {768, 0}, {41, 0}, {300, 0}, {1, 0}, {2048, 0}, {2312, 0}, {8200, 0}};
     static constexpr u32 kTwo[][2] = {{1536, 256}, {256, 64}, {72, 40}, {41, 7}, {24, 24}, {8, 1024}, {520, 136}, {264, 264}, {2304, 256}, {8456, 520}};
+    const Variant& v = *call.variant;
     for (;;) {
       const u32(&known)[2] = v.tensors == 2 ? kTwo[random_.below(10)] : kOne[random_.below(10)];
-      width[0] = known[0];
-      width[1] = known[1];
-      if (random_.one_in(3)) {
-        u32 unit = v.aligned ? 8 : 1;
-        width[0] = unit * (1 + random_.below(600 / unit));
-        width[1] = v.tensors == 2 ? unit * (1 + random_.below(600 / unit)) : 0;
-      }
-      if (v.aligned && (width[0] % 8 != 0 || width[1] % 8 != 0)) continue;
-      if (v.fits({group_count(width[0]), group_count(width[1])})) return;
+      u32 unit = std::max(v.aligned ? 8u : 1u, call.head_dim);
+      bool any = random_.one_in(3);
+      for (u32 t = 0; t < v.tensors; ++t) call.width[t] = any || known[t] % unit != 0 ? unit * (1 + random_.below(600 / unit)) : known[t];
+      // The emulation of wide rows takes long.
+      if (v.fits(call.width) && (call.width[0] * setup_.world <= 8192 || random_.one_in(8))) return;
     }
+  }
+
+  void new_rotation(Call& call) {
+    u32 half = call.rotary_dim / 2, count = 1 + random_.below(9);
+    call.cosines = new_array("cosines", Type::fp32, count * half);
+    call.sines = new_array("sines", Type::fp32, count * half);
+    call.positions = new_array("positions", Type::fp32, call.rows * 2);
+    for (u32 i = 0; i < count * half; ++i) {
+      float c = ordinary(), s = ordinary();
+      for (u32 rank = 0; rank < setup_.world; ++rank) {
+        put(Type::fp32, arrays_[call.cosines].expected[rank].data(), i, c);
+        put(Type::fp32, arrays_[call.sines].expected[rank].data(), i, s);
+      }
+    }
+    for (u32 row = 0; row < call.rows; ++row) {
+      u64 position = random_.below(count);
+      for (auto& bytes : arrays_[call.positions].expected) std::memcpy(&bytes[row * 8], &position, 8);
+    }
+    for (size_t array : {call.cosines, call.sines, call.positions}) arrays_[array].give();
   }
 
   void draw(const Variant* given = nullptr) {
@@ -484,18 +530,21 @@ class Sequence {
       const Call& c = calls_[random_.below(u32(calls_.size()))];
       u32 bits = 0;
       for (u32 t = 0; t < v.tensors; ++t) bits |= c.width[t] % 8 | (c.y[t].offset * size_of(v.type) | c.y[t].stride * size_of(v.type)) % 16;
-      bool fits = c.variant->type == v.type && c.variant->tensors == v.tensors && (!v.aligned || bits == 0) &&
-                  v.fits({group_count(c.width[0]), group_count(c.width[1])});
+      bool fits = c.variant->type == v.type && c.variant->tensors == v.tensors && c.variant->turn == v.turn &&
+                  (!v.aligned || bits == 0) && v.fits(c.width);
       if (fits) before = &c;
     }
     if (before) {
       std::copy_n(before->width, 2, call.width);
+      call.head_dim = before->head_dim;
+      call.rotary_dim = before->rotary_dim;
     } else {
-      draw_widths(v, call.width);
+      draw_heads(call);
+      draw_widths(call);
     }
-    call.threads = v.block_threads({group_count(call.width[0]), group_count(call.width[1])});
+    call.threads = v.block_threads(call.width);
     // Blocks of all ranks cost the emulation about as much as blocks of one.
-    u32 most = std::max(2u, std::min(6u, 4000 / (call.threads * setup_.world)));
+    u32 most = std::max(2u, std::min(6u, 2500 / (call.threads * setup_.world)));
     call.grid = 1 + random_.below(most);
     call.rows = random_.one_in(4) ? 1 : 1 + random_.below(call.grid * v.rows_at_once() * 3 + 2);
     if (before) {
@@ -512,6 +561,7 @@ class Sequence {
       new_rows("y", call, call.y);
       arrays_[call.y[0].array].give();
     }
+    if (v.turn != Turn::none) new_rotation(call);
     static constexpr float kEps[] = {1e-6f, 1e-5f, 0.0f, 0.5f};
     call.bias = random_.one_in(2) ? 1.0f : 0.0f;
     for (u32 t = 0; t < v.tensors; ++t) {
@@ -541,6 +591,14 @@ class Sequence {
       a.op = kOp;
       a.rows = call.rows;
       a.bias = call.bias;
+      if (v.turn != Turn::none) {
+        auto address = [&](size_t array) { return reinterpret_cast<u64>(arrays_[array].memory[rank]); };
+        a.head_dim = call.head_dim;
+        a.rotary_dim = call.rotary_dim;
+        a.cosines = address(call.cosines);
+        a.sines = address(call.sines);
+        a.positions = address(call.positions);
+      }
       for (u32 t = 0; t < v.tensors; ++t) {
         a.x[t] = call.x[t].address(arrays_, rank);
         a.y[t] = call.y[t].address(arrays_, rank);
@@ -565,6 +623,18 @@ class Sequence {
     for (u32 chunk = 0; chunk * rows_each < call.rows; ++chunk) ++next_step_[u32(v.kind)][chunk % places];
   }
 
+  void turn_rows(const Call& call, u32 row, std::vector<std::vector<float>>& rows) {
+    u64 position;
+    std::memcpy(&position, &arrays_[call.positions].expected[0][row * 8], 8);
+    auto angles = [&](size_t array) {
+      return reinterpret_cast<const float*>(arrays_[array].expected[0].data()) + position * call.rotary_dim / 2;
+    };
+    for (std::vector<float>& values : rows) {
+      for (size_t head = 0; head < values.size(); head += call.head_dim)
+        turn(call.variant->turn, &values[head], call.rotary_dim, angles(call.cosines), angles(call.sines));
+    }
+  }
+
   void expect_results(const Call& call) {
     const Variant& v = *call.variant;
     for (u32 t = 0; t < v.tensors; ++t) {
@@ -580,6 +650,7 @@ class Sequence {
       for (u32 row = 0; row < call.rows; ++row) {
         for (u32 rank = 0; rank < setup_.world; ++rank) rows[rank] = values(from, rank, call.x[t].offset + row * call.x[t].stride);
         rms_norm(rows, gammas, call.eps[t], call.bias);
+        if (v.turn != Turn::none) turn_rows(call, row, rows);
         for (u32 rank = 0; rank < setup_.world; ++rank) {
           for (u32 i = 0; i < call.width[t]; ++i)
             put(to.type, to.expected[rank].data(), call.y[t].offset + row * call.y[t].stride + i, rows[rank][i]);
@@ -610,12 +681,14 @@ int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     std::string text = argv[i];
     if (text.rfind("dump=", 0) != 0) continue;
-    std::ofstream file(text.substr(5), std::ios::binary);
-    return simt::for_seeds(argc, argv, [&](u64 seed) {
+    std::FILE* file = std::fopen(text.c_str() + 5, "wb");
+    if (!file) return 2;
+    int status = simt::for_seeds(argc, argv, [&](u64 seed) {
       for (const Variant& variant : variants) {
         if (variant.world == setup.world) Sequence(setup, seed).dump(variant, file);
       }
     });
+    return std::fclose(file) ? 2 : status;
   }
   return simt::for_seeds(argc, argv, [&](u64 seed) {
     Sequence sequence(setup, seed);

@@ -669,7 +669,7 @@ void Machine::Impl::store(void* to, const void* from, u32 bytes, Scope scope, Si
     std::memcpy(to, from, bytes);
     return;
   }
-  u32 piece = scope == Scope::system ? bytes : std::min(bytes, 4u);
+  u32 piece = std::min(bytes, scope == Scope::system ? 8u : 4u);
   for (u32 i = 0; i < bytes; i += piece) {
     send(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, piece, region.rank);
   }

@@ -10,8 +10,8 @@
 //     none can be released fails at once, with a list of which lanes wait where.
 //   - Blocks of a rank start in random order, as many at a time as `resident_blocks` allows.
 //   - Memory between ranks is weak: a store to a peer waits in a pool and is delivered after a random delay, in any
-//     order. Only stores of one thread to the same bytes keep their order. System-scope stores arrive whole, plain ones
-//     in pieces of 4 bytes. Memory of the own rank is written at once.
+//     order. Only stores of one thread to the same bytes keep their order. System-scope stores arrive in pieces of 8
+//     bytes, plain ones in pieces of 4. Memory of the own rank is written at once.
 //   - Launches of a rank run in stream order. With `pdl`, blocks may start as soon as every block of the grid before
 //     has triggered or ended, and `dependency_wait` holds them until that grid is complete and its stores delivered.
 //   - `clock_ns` is virtual: it advances with every step, and leaps while all threads only spin and nothing is on its

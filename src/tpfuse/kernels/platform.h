@@ -9,8 +9,8 @@
 //   - Blocks and grids are one-dimensional. A warp is 32 lanes everywhere; on a 64-wide AMD wavefront the two halves
 //   are
 //     two warps, so reduction trees, and with them results, are the same on every platform.
-//   - `load_system` and `store_system` are one naturally atomic access each, relaxed, seen by all GPUs. They order
-//     nothing else: there is no fence here on purpose, protocols carry their flag in the packet.
+//   - `load_system` and `store_system` are relaxed and seen by all GPUs; 4 and 8 bytes are one naturally atomic access,
+//     16 bytes are two of 8. They order nothing else: there is no fence here on purpose, protocols carry their flag in the packet.
 //   - Plain loads and stores (`load_global`, `store_global`, the streaming ones) promise no atomicity.
 //     `load_readonly` is for memory that nobody writes while the kernel runs (weights).
 //   - Shuffles, votes and `sync_warp` need every living lane of the warp.
@@ -158,9 +158,9 @@ TPF_DEVICE u64 load_system(const u64* p) {
   asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
   return x;
 }
-// PTX promises a vector access only element by element, and ptxas uses that: with `ld.relaxed.sys.v4.u32` a packet of
-// which only words 0 and 3 are looked at became two 4-byte loads (NVRTC 13.4, sm_80 to sm_100a), which can tear. A
-// .b128 is one scalar, one access by contract; it stays LDG.E.128, or one narrower load where a single word is used.
+// Of a 16-byte access only the two 8-byte halves are promised to be atomic. ptxas takes apart loads of which it needs
+// only some words: `ld.relaxed.sys.v4.u32` in 13.4, and in 13.0 also this .b128, which PTX calls one scalar. So a packet
+// carries a flag in each half, in the same 8 bytes as what the flag stands for.
 TPF_DEVICE Vec16 load_system(const Vec16* p) {
   u64 low, high;
   asm volatile("{ .reg .b128 t; ld.relaxed.sys.global.b128 t, [%2]; mov.b128 {%0, %1}, t; }"

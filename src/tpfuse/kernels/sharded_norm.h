@@ -10,8 +10,8 @@
 //                  row and rank and polls for all, while the next rows' loads are in flight.
 //
 // Protocol (docs/protocol.md proves it)
-//   A packet carries its flag: {sum, sum, step, 0} in one naturally atomic 16-byte store. The reader spins until the step
-//   is the one it waits for. Nothing is ever cleared.
+//   A packet carries its flag: {sum, step} in 8 naturally atomic bytes, two of them in one 16-byte store. The reader spins
+//   until the step is the one it waits for. Nothing is ever cleared.
 //   Steps come from a counter in device memory that only this warp (this block) uses, so replays of a CUDA graph go on
 //   counting.
 //   Slots lie at a stride fixed by constants, never by the grid: a call of another size must not find another block's old
@@ -299,6 +299,18 @@ class Patience {
   u64 start_ = 0;
 };
 
+// A packet: {sum, step, sum of the second tensor, step}. Each half has its own flag, so the protocol needs only 8 bytes
+// at a time to be atomic. One flag for all 16 is not enough: where a kernel of one tensor looked at {sum, -, step, -},
+// ptxas 13.0 made two 4-byte loads out of the 16-byte one, and a reader met a new flag beside an old sum (one row in some
+// 10,000 on 4x H200; ptxas 13.4 does not do it).
+TPF_DEVICE Vec16 packet_of(float first, float second, u32 step) {
+  return Vec16{{bits_of(first), step, bits_of(second), step}};
+}
+template <bool kBoth>
+TPF_DEVICE bool arrived(const Vec16& packet, u32 step) {
+  return packet.w[1] == step && (!kBoth || packet.w[3] == step);
+}
+
 // The first to give up leaves the record, its marker last; which of several it is does not matter.
 TPF_DEVICE void report(const NormArgs& a, u32 peer, u32 step, u64 waited_ns) {
   Vec16* record = reinterpret_cast<Vec16*>(a.error);
@@ -378,7 +390,7 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
     float q_sum = fold_all(q), k_sum = kGroups1 > 0 ? fold_all(k) : 0.0f;
     ++step;
     bool waits = lane() < W;
-    Vec16 sent{{bits_of(q_sum), bits_of(k_sum), step, 0}};
+    Vec16 sent = packet_of(q_sum, k_sum, step);
     if (waits) store_system(reinterpret_cast<Vec16*>(outbox + row_slot(step)), sent);
     const Vec16* slot = reinterpret_cast<const Vec16*>(inbox + row_slot(step));
     Rotation<kTurn> rotation;
@@ -387,18 +399,18 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
     Patience patience;
     while (waits) {
       packet = load_system(slot);
-      waits = packet.w[2] != step;
+      waits = !arrived<(kGroups1 > 0)>(packet, step);
       if (waits && patience.over(a.timeout_ns)) {
         report(a, lane(), step, patience.waited_ns());
         break;
       }
     }
     if (any(waits)) return;
-    float total[2] = {shuffle(float_of(packet.w[0]), 0), shuffle(float_of(packet.w[1]), 0)};
+    float total[2] = {shuffle(float_of(packet.w[0]), 0), shuffle(float_of(packet.w[2]), 0)};
     TPF_UNROLL
     for (u32 r = 1; r < W; ++r) {
       total[0] = add_rn(total[0], shuffle(float_of(packet.w[0]), r));
-      if (kGroups1 > 0) total[1] = add_rn(total[1], shuffle(float_of(packet.w[1]), r));
+      if (kGroups1 > 0) total[1] = add_rn(total[1], shuffle(float_of(packet.w[2]), r));
     }
     float inverse[2] = {inverse_rms(total[0], a.reciprocal[0], a.eps[0]), 0};
     if (kGroups1 > 0) inverse[1] = inverse_rms(total[1], a.reciprocal[1], a.eps[1]);
@@ -525,7 +537,7 @@ struct BlockStep {
     float k = kTensors == 2 ? fold_groups<kLanes>(sums.of[r] + groups0, groups1, peer) : 0.0f;
     if (peer < W && first_row(chunk) + r < a.rows)
       store_system(reinterpret_cast<Vec16*>(block_slot<W>(workspace_of<W>(a, peer), step, a.rank, r)),
-                   Vec16{{bits_of(q), bits_of(k), step, 0}});
+                   packet_of(q, k, step));
   }
 
   // Warp 0: all ranks' packets of this chunk, turned into each row's factors. False: somebody did not come.
@@ -538,7 +550,7 @@ struct BlockStep {
     Patience patience;
     while (waits) {
       packet = load_system(slot);
-      waits = packet.w[2] != step;
+      waits = !arrived<kTensors == 2>(packet, step);
       if (waits && patience.over(a.timeout_ns)) {
         report(a, peer, step, patience.waited_ns());
         break;
@@ -547,11 +559,11 @@ struct BlockStep {
     if (any(waits)) return false;
     u32 t = kTensors == 2 ? peer % 2 : 0;  // even lanes go on with q, odd ones with k
     u32 first = r * kLanes;
-    float q = shuffle(float_of(packet.w[0]), first), k = shuffle(float_of(packet.w[1]), first);
+    float q = shuffle(float_of(packet.w[0]), first), k = shuffle(float_of(packet.w[2]), first);
     TPF_UNROLL
     for (u32 rank = 1; rank < W; ++rank) {
       q = add_rn(q, shuffle(float_of(packet.w[0]), first + rank));
-      k = add_rn(k, shuffle(float_of(packet.w[1]), first + rank));
+      k = add_rn(k, shuffle(float_of(packet.w[2]), first + rank));
     }
     if (peer < kTensors)
       inverses.of[r][t] = inverse_rms(t == 0 ? q : k, t == 0 ? a.reciprocal[0] : a.reciprocal[1],

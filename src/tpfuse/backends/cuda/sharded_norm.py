@@ -185,7 +185,10 @@ class ShardedNorm:
         stream: int,
         rope: Rope | None = None,
     ) -> None:
-        """ys = norm of xs, rotated by a rope that `why_not` has nothing against: one tensor, or q and k. `[T, n]` each, T > 0, elements of a row contiguous; ys may be xs."""
+        """ys = norm of xs, which are one tensor, or q and k; rotated by a rope that `why_not` has nothing against.
+
+        `[T, n]` each, T > 0, elements of a row contiguous; ys may be xs.
+        """
         x, y, w = xs[0], ys[0], weights[0]
         x2, y2, w2 = (xs[1], ys[1], weights[1]) if len(xs) == 2 else (x, y, w)
         rows, n, m = x.shape[0], x.shape[1], x2.shape[1]
