@@ -308,11 +308,12 @@ def several_communicators(rank: Rank, case: Case) -> list[tuple[str, Outputs, in
     return found
 
 
-def add_all_patterns(rank: Rank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two ranks add all 65536 bit patterns to shuffled ones; the sum and what it should be."""
-    patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(16, -1)
-    order = torch.randperm(2**16, generator=torch.Generator().manual_seed(0))
-    xs = (patterns, patterns.flatten()[order].view(16, -1))
+def add_all_patterns(rank: Rank, dtype: torch.dtype, times: int = 1) -> tuple[Tensor, Tensor]:
+    """The ranks add every 16-bit pattern, `times` times, each in an order of its own; the sum, and what it should be."""
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16).repeat(times).view(dtype)
+    shuffle = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(patterns.numel(), generator=shuffle) for _ in range(rank.world - 1)]
+    xs = [x.view(16 * times, -1) for x in (patterns, *(patterns[order] for order in orders))]
     return communicator("fused").all_reduce(xs[rank.rank]), reference.all_reduce(xs)
 
 

@@ -163,6 +163,24 @@ def test_the_sum_of_one_or_two_ranks_is_the_contract_bit_for_bit(on_ranks, dtype
         assert worst(results[0][0], jobs.expected(case, world)[0][0]) == 0
 
 
+@pytest.mark.parametrize("world", [3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_large_sum_is_the_contract_bit_for_bit(on_ranks, dtype, world):
+    plain = Case("all_reduce", (700,), width=1501, dtype=dtype)  # over 2 MiB; not a multiple of 3 elements
+    cases = [plain, replace(plain, strided=True), replace(plain, rows=(2, 350), permuted=True)]
+    cases += [replace(plain, out="in place"), replace(plain, width=1536)]
+    for case, results in zip(cases, run(on_ranks, world, cases), strict=True):
+        for (y,) in results:
+            assert y.shape == (*case.rows, case.width)
+            assert worst(y, jobs.expected(case, world)[0][0]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_sums_take_every_16_bit_number(on_ranks, dtype):
+    for total, exact in on_ranks(3, jobs.add_all_patterns, dtype, 17):
+        assert worst(total, exact) == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_two_ranks_add_every_16_bit_number_exactly(on_ranks, dtype):
     """Subnormals, ties, overflow, infinities and NaN: against every rank's part of all 65536 patterns, shuffled."""

@@ -41,6 +41,25 @@ def test_an_all_reduce_is_one_exchange_in_fp32_or_between_two_ranks_in_the_dtype
         assert seen["data"] == [("allreduce", (6, 48), dtype if world == 2 else torch.float32)]
 
 
+@pytest.mark.parametrize("world", [3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", ["all_reduce", "all_reduce_rms_norm"])
+def test_a_large_sum_is_two_exchanges_in_its_dtype(on_ranks, op, dtype, world):
+    case = Case(op, (700,), width=1501, dtype=dtype, residual=torch.float32)
+    part = -(-700 * 1501 // world)
+    for seen in on_ranks(world, jobs.exchanges, case, "control"):
+        assert [(shape, dtype) for _, shape, dtype in seen["data"]] == [((part * world,), dtype), ((part,), dtype)]
+        assert ["alltoall" in seen["data"][0][0], "allgather" in seen["data"][1][0]] == [True, True]
+
+
+@peers
+@pytest.mark.parametrize(("rows", "dtype"), [(699, torch.bfloat16), (700, torch.float32)], ids=str)
+def test_what_is_smaller_or_fp32_is_one(on_ranks, rows, dtype, world):
+    case = Case("all_reduce", (rows,), width=1500, dtype=dtype)
+    for seen in on_ranks(world, jobs.exchanges, case, "control"):
+        assert [name for name, *_ in seen["data"]] == ["allreduce"]
+
+
 @peers
 def test_mode_off_gathers_the_rows_of_q_and_of_k(on_ranks, world):
     for seen in on_ranks(world, jobs.exchanges, Case("qk_rms_norm", (7,), width=48, width2=16), "off"):

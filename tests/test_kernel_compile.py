@@ -19,7 +19,7 @@ from tpfuse.backends.cuda import compile as machine
 from tpfuse.backends.cuda.compile import ARCHS, KERNELS, compile_kernel, resources
 from tpfuse.backends.cuda.sharded_norm import Variant, choose, source, variants
 
-PART = 12  # one variant in so many, for each architecture
+PART = 16  # one variant in so many, for each architecture
 USUAL = [
     choose(rows, widths, torch.bfloat16, world, True, turn)
     for rows in (1, 100_000)
@@ -45,8 +45,7 @@ def objections(variant: Variant, arch: str) -> list[str]:
     used = resources(compile_kernel(source(), variant.name_expression, arch=arch))
     shared = variant.resident * (used.shared_bytes + 1024)
     tests = {
-        f"spills {used.spill_bytes} bytes": used.spill_bytes == 0,
-        f"has a stack of {used.stack_bytes} bytes": used.stack_bytes == 0,
+        f"spills {used.spill_bytes} bytes, stack {used.stack_bytes}": used.spill_bytes == used.stack_bytes == 0,
         f"takes {used.registers} registers of {variant.register_budget}": used.registers <= variant.register_budget,
         f"{variant.resident} blocks need {shared} bytes of shared memory": shared <= SHARED_BYTES[arch],
         f"one block takes {used.shared_bytes} bytes of shared memory": used.shared_bytes <= 48 << 10,
@@ -60,8 +59,11 @@ def test_variants_fit_a_multiprocessor(arch: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("TPFUSE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "_made", {})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda variant: objections(variant, arch), part_for(arch)))
-    assert not sum(found, []), "\n".join(sum(found, []))
+        found = [
+            text for texts in pool.map(lambda variant: objections(variant, arch), part_for(arch)) for text in texts
+        ]
+    if found:
+        pytest.fail("\n".join(found), pytrace=False)
 
 
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])

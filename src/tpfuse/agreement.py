@@ -84,8 +84,7 @@ def diagnose(board: Board, number: int, call: str, cause: str, timeout: float) -
     if board.rank not in others:
         return PeerTimeout(
             f"{here}: the exchange failed ({cause}), and so did the store that could say which rank is missing. It "
-            "lives in one rank's process, mostly rank 0's: look at that rank's log. This communicator can't be used any "
-            "more."
+            "lives in one rank's process, mostly rank 0's: look at its log. This communicator can't be used any more."
         )
     different = [f"rank {r} is in {o['call']}" for r, o in sorted(others.items()) if o["call"] != call]
     if different:

@@ -14,6 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tpfuse import __version__
+from tpfuse.backends.cuda import missing
+from tpfuse.backends.cuda.backend import SERVED
+from tpfuse.backends.cuda.sharded_norm import workspace_bytes
+from tpfuse.backends.cuda.workspace import MAX_WORLD
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,22 @@ def _nvidia_smi(*arguments: str) -> str:
 def _backends() -> tuple[BackendState, ...]:
     transports = [name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", _nccl())) if there]
     detail = f"through {' and '.join(transports)}: all ops, any number of ranks, across nodes"
-    return (BackendState("collective", bool(transports), detail),)
+    reason = _why_not_cuda()
+    served = f"{' and '.join(SERVED)} in own kernels, for 2 to {MAX_WORLD} of these GPUs"
+    held = f"{workspace_bytes() / 2**20:.1f} MiB of workspace a group and GPU"
+    return (
+        BackendState("cuda", reason is None, reason or f"{served}; {held}"),
+        BackendState("collective", bool(transports), detail),
+    )
+
+
+def _why_not_cuda() -> str | None:
+    """Why the cuda backend can't work between the GPUs of this machine. Ranks judge again, together, for theirs."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return f"needs at least 2 GPUs that reach each other; torch sees {count}"
+    apart = next((f"{link.a} and {link.b}" for link in _links(count) if not link.p2p), None)
+    return missing() or (f"no peer access between GPUs {apart}" if apart else None)
 
 
 def _nccl() -> bool:

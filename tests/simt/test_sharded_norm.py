@@ -74,7 +74,7 @@ MUTATIONS = {
     ),
     "no_dependency_wait": Mutation({"dependency_wait();": ""}),
     "any_packet": Mutation({"packet.w[1] == step": "packet.w[1] != 0"}),
-    "one_flag_for_both_halves": Mutation({"packet.w[1] == step && (!kBoth || packet.w[3] == step)": "packet.w[3] == step"}),
+    "one_flag_for_both_halves": Mutation({"packet.w[1] == step && (!kBoth ||": "packet.w[3] == step && (true ||"}),
     "torn_packet": Mutation(
         {
             "store_system(reinterpret_cast<": "torn_store(reinterpret_cast<",
