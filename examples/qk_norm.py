@@ -1,4 +1,5 @@
-"""MiniMax-M2's attention norm under tensor parallelism: RMSNorm over ALL heads of q and k, each rank holding a part.
+"""MiniMax-M2's attention norm under tensor parallelism: RMSNorm over ALL heads of q and k, each rank holding a part,
+and the rotation (RoPE) that follows it, in one call.
 
     python examples/qk_norm.py            starts its own ranks
     torchrun --nproc-per-node 4 examples/qk_norm.py
@@ -10,12 +11,12 @@ compared with the reference, which sees the whole rows.
 import torch
 from torch import Tensor
 
-from tpfuse import reference
+from tpfuse import Rope, reference
 from tpfuse.communicator import Communicator
 from tpfuse.launch import Rank, default_device, resolve_world, run_ranks
 from tpfuse.nn import ShardedQKNorm, shard
 
-Q_HEADS, KV_HEADS, HEAD_DIM, TOKENS, EPS = 48, 8, 128, 16, 1e-6
+Q_HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, TOKENS, EPS = 48, 8, 128, 64, 16, 1e-6
 Q, K = Q_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
 
 
@@ -32,14 +33,17 @@ def job(rank: Rank) -> str:
     with Communicator(device=rank.device_type) as comm:
         norm = ShardedQKNorm(Q_HEADS, KV_HEADS, HEAD_DIM, comm, eps=EPS)
         norm.load_state_dict(checkpoint)
+        positions = torch.arange(TOKENS, device=comm.device)
+        angles = positions[:, None] * 5e6 ** (-torch.arange(0, ROTARY_DIM, 2, device=comm.device) / ROTARY_DIM)
+        rope = Rope(angles.cos(), angles.sin(), positions, HEAD_DIM, ROTARY_DIM)
         q, k, _ = qkv_of(comm.rank, comm.world)
-        normed = norm(q, k)
+        normed = norm(q, k, rope)
 
         qs, ks, _ = zip(*(qkv_of(r, comm.world) for r in range(comm.world)), strict=True)
         gammas = [[shard(g, r, comm.world).to(comm.device) for r in range(comm.world)] for g in checkpoint.values()]
-        want = reference.qk_rms_norm(qs, ks, *gammas, eps=EPS)[comm.rank]
-        for y, right in zip(normed, want, strict=True):
-            torch.testing.assert_close(y, right, rtol=2**-7, atol=0.0)  # one step of bfloat16
+        want = reference.qk_rms_norm(qs, ks, *gammas, eps=EPS, rope=rope)[comm.rank]
+        for y, right in zip(normed, want, strict=True):  # one step of bfloat16, and what cancels in a rotation
+            torch.testing.assert_close(y, right, rtol=2**-7, atol=1e-5)
         sent = comm.report().counters[0].bytes // TOKENS
         whole = (q.shape[-1] + k.shape[-1]) * q.element_size()
         return f"rank {comm.rank}: right. It sent {sent} bytes a token; to gather whole rows it would send {whole}"

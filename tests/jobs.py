@@ -309,7 +309,7 @@ def several_communicators(rank: Rank, case: Case) -> list[tuple[str, Outputs, in
 
 
 def add_all_patterns(rank: Rank, dtype: torch.dtype, times: int = 1) -> tuple[Tensor, Tensor]:
-    """The ranks add every 16-bit pattern, `times` times, each in an order of its own; the sum, and what it should be."""
+    """The ranks add every 16-bit pattern, `times` times, each in an order of its own; sum and expectation."""
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16).repeat(times).view(dtype)
     shuffle = torch.Generator().manual_seed(0)
     orders = [torch.randperm(patterns.numel(), generator=shuffle) for _ in range(rank.world - 1)]

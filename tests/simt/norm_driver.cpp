@@ -2,10 +2,10 @@
 // implementation of the contract. The kernels' results are all compared with the same one, so they are equal to each
 // other too.
 //
-// A seed draws the machine's options and a sequence of calls. A call draws a kernel, a type, one or two tensors, widths,
-// strides, offsets, gamma's types, a rotation, rows and a grid; it reads fresh rows or what an earlier call wrote, in
-// place or not, or it is an earlier call again, as a graph replays it. The host keeps a copy of all memory and does on
-// it what the calls must do: outputs, the gaps between rows, and inputs are compared alike.
+// A seed draws the machine's options and a sequence of calls. A call draws a kernel, a type, one or two tensors,
+// widths, strides, offsets, gamma's types, a rotation, rows and a grid; it reads fresh rows or what an earlier call
+// wrote, in place or not, or it is an earlier call again, as a graph replays it. The host keeps a copy of all memory
+// and does on it what the calls must do: outputs, the gaps between rows, and inputs are compared alike.
 //
 // Arguments: world, kind (0 by row, 1 by block; both), calls (at most so many), slow (rank 0 gets 1/64 of the time),
 // missing (a rank that does not launch the last call), dump (a file: one call for each variant, for Python), first,
@@ -40,7 +40,9 @@ enum class Kind : u32 { row, block };
 enum class Type : u32 { fp32, bf16, f16 };  // as NormArgs::gamma_type
 
 template <class T>
-constexpr Type kTypeOf = sizeof(T) == 4 ? Type::fp32 : std::is_same_v<T, bf16> ? Type::bf16 : Type::f16;
+constexpr Type kTypeOf = sizeof(T) == 4            ? Type::fp32
+                         : std::is_same_v<T, bf16> ? Type::bf16
+                                                   : Type::f16;
 constexpr u32 size_of(Type type) { return type == Type::fp32 ? 4 : 2; }
 
 struct Variant {
@@ -78,13 +80,31 @@ std::vector<Variant> variants;
 template <class T, u32 W, u32 kGroups0, u32 kGroups1, bool kAligned, u32 kWarps, Turn kTurn = Turn::none>
 void by_row() {
   if constexpr (NORM_KINDS & 1)
-    variants.push_back({Kind::row, kTypeOf<T>, kGroups1 ? 2u : 1u, W, kAligned, kTurn, {kGroups0, kGroups1}, kWarps, 0, 0,
+    variants.push_back({Kind::row,
+                        kTypeOf<T>,
+                        kGroups1 ? 2u : 1u,
+                        W,
+                        kAligned,
+                        kTurn,
+                        {kGroups0, kGroups1},
+                        kWarps,
+                        0,
+                        0,
                         norm_by_row<T, W, kGroups0, kGroups1, kAligned, kWarps, 1, kTurn>});
 }
 template <class T, u32 W, u32 kTensors, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, Turn kTurn = Turn::none>
 void by_block() {
   if constexpr (NORM_KINDS & 2)
-    variants.push_back({Kind::block, kTypeOf<T>, kTensors, W, kAligned, kTurn, {}, 0, kVectors, kRows,
+    variants.push_back({Kind::block,
+                        kTypeOf<T>,
+                        kTensors,
+                        W,
+                        kAligned,
+                        kTurn,
+                        {},
+                        0,
+                        kVectors,
+                        kRows,
                         norm_by_block<T, kTensors, W, kVectors, kRows, kDeep, kAligned, 1024, 1, kTurn>});
 }
 
@@ -180,7 +200,8 @@ void turn(Turn how, float* head, u32 rotary_dim, const float* cosines, const flo
 }
 
 // rows[r]: rank r's row; becomes its result, not yet rounded.
-void rms_norm(std::vector<std::vector<float>>& rows, const std::vector<std::vector<float>>& gammas, float eps, float bias) {
+void rms_norm(std::vector<std::vector<float>>& rows, const std::vector<std::vector<float>>& gammas, float eps,
+              float bias) {
   float total = sum_of_squares(rows[0]);
   for (size_t r = 1; r < rows.size(); ++r) total = total + sum_of_squares(rows[r]);
   float reciprocal = float(1.0 / double(rows.size() * rows[0].size()));
@@ -200,7 +221,8 @@ struct Array {
   std::vector<void*> memory;                // of every rank
   std::vector<std::vector<char>> expected;  // the same
 
-  Array(simt::Machine& machine, u32 world, std::string called, Type t, size_t n) : name(std::move(called)), type(t), count(n) {
+  Array(simt::Machine& machine, u32 world, std::string called, Type t, size_t n)
+      : name(std::move(called)), type(t), count(n) {
     for (u32 rank = 0; rank < world; ++rank) {
       memory.push_back(size_of(type) == 4 ? static_cast<void*>(machine.alloc<u32>(rank, n, name.c_str()))
                                           : static_cast<void*>(machine.alloc<u16>(rank, n, name.c_str())));
@@ -208,7 +230,8 @@ struct Array {
     }
   }
   void give() {
-    for (size_t rank = 0; rank < memory.size(); ++rank) std::memcpy(memory[rank], expected[rank].data(), expected[rank].size());
+    for (size_t rank = 0; rank < memory.size(); ++rank)
+      std::memcpy(memory[rank], expected[rank].data(), expected[rank].size());
   }
   void check(const std::string& history) const {
     for (size_t rank = 0; rank < memory.size(); ++rank) {
@@ -220,8 +243,8 @@ struct Array {
         float ours = get(type, found, i), right = get(type, expected[rank].data(), i);
         if (std::isnan(ours) && std::isnan(right)) continue;  // a payload is not promised
         char text[200];
-        std::snprintf(text, sizeof text, "wrong value in '%s' of rank %zu, element %zu: %.9g, must be %.9g\n", name.c_str(),
-                      rank, i, double(ours), double(right));
+        std::snprintf(text, sizeof text, "wrong value in '%s' of rank %zu, element %zu: %.9g, must be %.9g\n",
+                      name.c_str(), rank, i, double(ours), double(right));
         throw simt::Failure(text + history);
       }
     }
@@ -250,7 +273,8 @@ struct Call {
   std::string text() const {
     char out[400];
     std::snprintf(out, sizeof out,
-                  "  %s: %u rows of %u+%u, heads %u of %u, grid %u x %u, x in %zu+%zu stride %zu, y in %zu+%zu stride %zu, pdl %d\n",
+                  "  %s: %u rows of %u+%u, heads %u of %u, grid %u x %u, x in %zu+%zu stride %zu, y in %zu+%zu stride "
+                  "%zu, pdl %d\n",
                   variant->name().c_str(), rows, width[0], width[1], rotary_dim, head_dim, grid, threads, x[0].array,
                   x[0].offset, x[0].stride, y[0].array, y[0].offset, y[0].stride, pdl);
     return out;
@@ -343,8 +367,8 @@ class Sequence {
       bool right = who.w[0] == 1 && who.w[1] == kOp && who.w[2] == rank && who.w[3] == setup_.missing && step_known &&
                    waited > kTimeoutNs && waited < 100 * kTimeoutNs;
       char text[200];
-      std::snprintf(text, sizeof text, "wrong error record of rank %u: {%u, %u, %u, %u}, {%u, %u, %llu}\n", rank, who.w[0],
-                    who.w[1], who.w[2], who.w[3], where.w[0], where.w[1], waited);
+      std::snprintf(text, sizeof text, "wrong error record of rank %u: {%u, %u, %u, %u}, {%u, %u, %llu}\n", rank,
+                    who.w[0], who.w[1], who.w[2], who.w[3], where.w[0], where.w[1], waited);
       simt::expect(right, text + history());
     }
   }
@@ -361,7 +385,8 @@ class Sequence {
       u32 size = size_of(arrays_[view.array].type);
       for (u32 rank = 0; rank < setup_.world; ++rank) {
         for (u32 row = 0; row < count; ++row)
-          std::fwrite(reinterpret_cast<const char*>(view.address(arrays_, rank)) + row * view.stride * size, size, width, file);
+          std::fwrite(reinterpret_cast<const char*>(view.address(arrays_, rank)) + row * view.stride * size, size,
+                      width, file);
       }
     };
     word(setup_.world);
@@ -400,7 +425,8 @@ class Sequence {
   }
 
   std::string history() const {
-    std::string out = "world " + std::to_string(setup_.world) + ", first step " + std::to_string(first_step_) + ", calls:\n";
+    std::string out =
+        "world " + std::to_string(setup_.world) + ", first step " + std::to_string(first_step_) + ", calls:\n";
     for (const Call& call : calls_) out += call.text();
     return out;
   }
@@ -480,19 +506,23 @@ class Sequence {
   void draw_heads(Call& call) {
     Turn how = call.variant->turn;
     if (how == Turn::none) return;
-    call.rotary_dim = how == Turn::halves ? 16 << random_.below(5) : 8 << random_.below(6);
-    call.head_dim = std::min(256u, call.rotary_dim << random_.below(2));
+    u32 unit = how == Turn::halves ? 16 : 8;
+    call.head_dim = std::min(256u, unit << random_.below(6));
+    call.rotary_dim = random_.one_in(2) ? call.head_dim : unit * (1 + random_.below(call.head_dim / unit));
   }
 
   void draw_widths(Call& call) {
-    static constexpr u32 kOne[][2] = {{256, 0}, {1536, 0}, {24, 0}, {768, 0}, {41, 0}, {300, 0}, {1, 0}, {2048, 0}, {2312, 0}, {8200, 0}};
-    static constexpr u32 kTwo[][2] = {{1536, 256}, {256, 64}, {72, 40}, {41, 7}, {24, 24}, {8, 1024}, {520, 136}, {264, 264}, {2304, 256}, {8456, 520}};
+    static constexpr u32 kOne[][2] = {{256, 0}, {1536, 0}, {24, 0},   {768, 0},  {41, 0},
+                                      {300, 0}, {1, 0},    {2048, 0}, {2312, 0}, {8200, 0}};
+    static constexpr u32 kTwo[][2] = {{1536, 256}, {256, 64},  {72, 40},   {41, 7},     {24, 24},
+                                      {8, 1024},   {520, 136}, {264, 264}, {2304, 256}, {8456, 520}};
     const Variant& v = *call.variant;
     for (;;) {
       const u32(&known)[2] = v.tensors == 2 ? kTwo[random_.below(10)] : kOne[random_.below(10)];
       u32 unit = std::max(v.aligned ? 8u : 1u, call.head_dim);
       bool any = random_.one_in(3);
-      for (u32 t = 0; t < v.tensors; ++t) call.width[t] = any || known[t] % unit != 0 ? unit * (1 + random_.below(600 / unit)) : known[t];
+      for (u32 t = 0; t < v.tensors; ++t)
+        call.width[t] = any || known[t] % unit != 0 ? unit * (1 + random_.below(600 / unit)) : known[t];
       // The emulation of wide rows takes long.
       if (v.fits(call.width) && (call.width[0] * setup_.world <= 8192 || random_.one_in(8))) return;
     }
@@ -529,7 +559,8 @@ class Sequence {
     if (!calls_.empty() && !random_.one_in(3)) {
       const Call& c = calls_[random_.below(u32(calls_.size()))];
       u32 bits = 0;
-      for (u32 t = 0; t < v.tensors; ++t) bits |= c.width[t] % 8 | (c.y[t].offset * size_of(v.type) | c.y[t].stride * size_of(v.type)) % 16;
+      for (u32 t = 0; t < v.tensors; ++t)
+        bits |= c.width[t] % 8 | (c.y[t].offset * size_of(v.type) | c.y[t].stride * size_of(v.type)) % 16;
       bool fits = c.variant->type == v.type && c.variant->tensors == v.tensors && c.variant->turn == v.turn &&
                   (!v.aligned || bits == 0) && v.fits(c.width);
       if (fits) before = &c;
@@ -648,7 +679,8 @@ class Sequence {
       };
       for (u32 rank = 0; rank < setup_.world; ++rank) gammas.push_back(values(gamma, rank, call.gamma[t].offset));
       for (u32 row = 0; row < call.rows; ++row) {
-        for (u32 rank = 0; rank < setup_.world; ++rank) rows[rank] = values(from, rank, call.x[t].offset + row * call.x[t].stride);
+        for (u32 rank = 0; rank < setup_.world; ++rank)
+          rows[rank] = values(from, rank, call.x[t].offset + row * call.x[t].stride);
         rms_norm(rows, gammas, call.eps[t], call.bias);
         if (v.turn != Turn::none) turn_rows(call, row, rows);
         for (u32 rank = 0; rank < setup_.world; ++rank) {
@@ -677,7 +709,8 @@ class Sequence {
 int main(int argc, char** argv) {
   make_variants<NORM_WORLDS>();
   auto option = [&](const char* name, u64 otherwise) { return u32(simt::argument(argc, argv, name, otherwise)); };
-  Setup setup{option("world", 2), option("kind", kAny), option("calls", 4), option("missing", kAny), option("slow", 0) != 0};
+  Setup setup{option("world", 2), option("kind", kAny), option("calls", 4), option("missing", kAny),
+              option("slow", 0) != 0};
   for (int i = 1; i < argc; ++i) {
     std::string text = argv[i];
     if (text.rfind("dump=", 0) != 0) continue;
