@@ -187,7 +187,7 @@ class Communicator:
         if out is not None:
             checks.output("rms_norm", out, x)
         call = Call("rms_norm", count_rows(x), x.shape[-1], 0, x.dtype, None, eps, eps, weight_bias)
-        backend = self._begin(call)
+        backend = self._begin(call, why_not((call.width,)))
         if backend is None:
             return empty(x) if out is None else out
         if isinstance(backend, Collective):
@@ -233,7 +233,7 @@ class Communicator:
         if rope is not None:
             rope.check("qk_rms_norm", q, k)
         call = Call("qk_rms_norm", count_rows(q), q.shape[-1], k.shape[-1], q.dtype, None, q_eps, k_eps, weight_bias)
-        backend = self._begin(call, why_not(rope))
+        backend = self._begin(call, why_not((call.width, call.width2), rope))
         if backend is None:
             return (empty(q), empty(k)) if out is None else out
         if isinstance(backend, Collective):

@@ -45,11 +45,13 @@ class Rope:
             )
         for name, table in (("cos", self.cos), ("sin", self.sin)):
             half = self.rotary_dim // 2
-            shaped = table.dim() == 2 and table.shape[1] == half and table.is_contiguous()
+            shaped = (
+                table.dim() == 2 and table.shape[1] == half and table.is_contiguous() and table.data_ptr() % 16 == 0
+            )
             if table.dtype != torch.float32 or not shaped or table.device != q.device:
                 raise InvalidArgument(
                     f"{op}: rope.{name} is {list(table.shape)} {table.dtype} on {table.device}; "
-                    f"needed: contiguous [positions, {half}] float32 on {q.device}."
+                    f"needed: contiguous [positions, {half}] float32 on {q.device}, from a multiple of 16 bytes on."
                 )
         rows = q.numel() // q.shape[-1]
         p = self.positions

@@ -200,7 +200,7 @@ def uncompiled_in_a_capture(rank: Rank) -> str:
 
 def test_a_kernel_that_is_not_compiled_yet_is_an_error_inside_a_capture(ranks: Ranks) -> None:
     for message in ranks.run(uncompiled_in_a_capture):
-        assert "Call it once with this dtype and these widths before the capture" in message
+        assert "Call it once with this dtype and these widths, and as many rows, before the capture" in message
 
 
 def lonely_call(rank: Rank, absent: int) -> tuple[str, float]:

@@ -30,10 +30,11 @@
 //   chunks drawn from a ticket counter instead of a fixed stride: balances the multiprocessors (a plain copy gains 8%),
 //   but its packets need a slot a row, which fall out of L2 between calls, and remote writes to memory that is not in
 //   L2 cost more than the balance gains (46 us against 37 at 16384 rows);
-//   one chunk a block and no loop: 43 to 49 us at 16384 rows, every block pays the exchange.
+//   one chunk a block and no loop: 38 to 71 us at 16384 rows, every block pays the exchange.
 //
 // Order under programmatic dependent launch: gamma is a weight and is loaded before the wait; activations and the
-// counters only after it. The trigger comes at once after the wait: the next grid waits for the end of this one itself.
+// counters only after it. The trigger comes first of all: the next grid may take its place early, but it waits for the end
+// of this one before it reads anything but weights.
 //
 // Sums follow tpfuse.reference.sum_of_squares: 8 elements in a lane, 32 lanes, groups of 256; each level is folded by
 // halves. Padding with zeros to a larger power of two does not change a bit, so kernels may fold more groups than there

@@ -42,7 +42,11 @@ class CudaBackend:
         assert device.index is not None
         self._index, self._world, self._fail = device.index, board.world, fail
         self._space = Workspace(board, device.index, sharded_norm.workspace_bytes(), timeout)
-        self._norm = ShardedNorm(device, board.rank, board.world, self._space, timeout)
+        try:
+            self._norm = ShardedNorm(device, board.rank, board.world, self._space, timeout)
+        except TpfuseError:
+            self._space.close()
+            raise
         self._stream: int | None = None  # of the last call that was not captured
         self._current: tuple[int, Call] | None = None
 

@@ -94,12 +94,17 @@ class Variant:
 
     @property
     def resident(self) -> int:
-        """Blocks on a multiprocessor that the registers are budgeted for."""
+        """Blocks on a multiprocessor that the grid is made for; not a matter of alignment, which may differ by rank."""
         return ROW_RESIDENT if self.kernel == "row" else max(1, min(16, RESIDENT_THREADS // self.threads))
 
     @property
+    def budgeted(self) -> int:
+        """Blocks on a multiprocessor that the registers allow; rows of any alignment take more of them."""
+        return self.resident if self.aligned or self.kernel == "row" else max(1, self.resident // 2)
+
+    @property
     def register_budget(self) -> int:
-        return min(255, 65536 // (self.resident * self.threads) // 8 * 8)
+        return min(255, 65536 // (self.budgeted * self.threads) // 8 * 8)
 
     @property
     def name_expression(self) -> str:
@@ -110,7 +115,7 @@ class Variant:
             return f"tpfuse::norm_by_row<{', '.join(map(str, template))}>"
         deep = str(self.deep).lower()
         template = (kind, len(self.groups), self.world, self.vectors, self.rows, deep, aligned)
-        return f"tpfuse::norm_by_block<{', '.join(map(str, (*template, self.threads, self.resident, turn)))}>"
+        return f"tpfuse::norm_by_block<{', '.join(map(str, (*template, self.threads, self.budgeted, turn)))}>"
 
     def grid(self, rows: int, multiprocessors: int) -> int:
         chunks = -(-rows // self.rows)
@@ -127,7 +132,7 @@ def choose(
     held = sum(map(power_of_two, groups)) * dtype.itemsize  # registers of a row in a warp: 2 for each
     if rows <= ROW_KERNEL_ROWS and held <= 20:
         return Variant("row", dtype, world, groups, ROW_WARPS, aligned, turn)
-    most = (8 if aligned else 4) // dtype.itemsize if sum(groups) <= 16 else 1
+    most = 8 // dtype.itemsize if sum(groups) <= 16 else 1
     return Variant("block", dtype, world, groups, most if rows > ROW_KERNEL_ROWS // 2 else 1, aligned, turn)
 
 
@@ -185,7 +190,8 @@ class ShardedNorm:
         stream: int,
         rope: Rope | None = None,
     ) -> None:
-        """ys = norm of xs, which are one tensor, or q and k; rotated by a rope that `why_not` has nothing against.
+        """ys = norm of xs, which are one tensor, or q and k; of widths and rotated by a rope that `why_not` has
+        nothing against.
 
         `[T, n]` each, T > 0, elements of a row contiguous; ys may be xs.
         """
@@ -219,7 +225,8 @@ class ShardedNorm:
             if torch.cuda.is_current_stream_capturing():
                 raise Unsupported(
                     f"sharded norm: the kernel for {variant.groups} groups of {variant.dtype} is not compiled yet, and "
-                    "a CUDA graph is being captured. Call it once with this dtype and these widths before the capture."
+                    "a CUDA graph is being captured. Call it once with this dtype and these widths, and as many rows, "
+                    "before the capture."
                 )
             made = compile_kernel(source(), variant.name_expression, arch=self._arch)
             found = self._launchers[variant] = Launcher(
@@ -228,8 +235,14 @@ class ShardedNorm:
         return found
 
 
-def why_not(rope: Rope | None) -> str:
-    """Why the kernels can't rotate by `rope`; empty if they can."""
+def why_not(widths: Sequence[int], rope: Rope | None = None) -> str:
+    """Why the kernels can't serve rows of these widths, or rotate by `rope`; empty if they can. From what is the same on
+    every rank."""
+    groups = sum(-(-width // GROUP) for width in widths)
+    if groups > constant("kBlockGroups"):
+        return (
+            f"cuda kernels take rows of up to {constant('kBlockGroups') * GROUP} elements a rank; given {sum(widths)}"
+        )
     if rope is None:
         return ""
     pairs = rope.rotary_dim // 2
@@ -238,8 +251,6 @@ def why_not(rope: Rope | None) -> str:
             f"cuda kernels rotate heads of a power of two up to {GROUP} elements, by multiples of 16 (interleaved: 8) "
             f"of them; given head_dim={rope.head_dim}, rotary_dim={rope.rotary_dim}"
         )
-    if rope.cos.data_ptr() % 16 or rope.sin.data_ptr() % 16:
-        return "cuda kernels need tables of cosines and sines that begin at 16 bytes"
     return ""
 
 
