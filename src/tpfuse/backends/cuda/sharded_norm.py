@@ -236,8 +236,10 @@ class ShardedNorm:
 
 
 def why_not(widths: Sequence[int], rope: Rope | None = None) -> str:
-    """Why the kernels can't serve rows of these widths, or rotate by `rope`; empty if they can. From what is the same on
-    every rank."""
+    """Why the kernels can't serve rows of these widths, or rotate by `rope`; empty if they can.
+
+    From what is the same on every rank, so that all decide alike.
+    """
     groups = sum(-(-width // GROUP) for width in widths)
     if groups > constant("kBlockGroups"):
         return (
