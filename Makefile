@@ -29,7 +29,7 @@ bench: $(STAMP)
 	$(BIN)/tpfuse bench ops --preset $(PRESET) --json $(JSON) --plot $(PNG)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 gpu-test: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
