@@ -320,6 +320,30 @@ TPF_DEVICE void report(const NormArgs& a, u32 peer, u32 step, u64 waited_ns) {
   store_system(record, Vec16{{1, a.op, a.rank, peer}});
 }
 
+// Sums kRows values over the 32 lanes, each by the fold of one value, in fewer shuffles: while several rows are left,
+// the two halves of the lanes exchange so that each goes on with half of the rows. Lane l ends with row
+// l / (32 / kRows).
+template <u32 kRows>
+TPF_DEVICE float fold_lanes(const float (&sums)[kRows]) {
+  float x[kRows];
+  TPF_UNROLL
+  for (u32 r = 0; r < kRows; ++r) x[r] = sums[r];
+  u32 mask = kWarp / 2;
+  TPF_UNROLL
+  for (u32 left = kRows; left > 1; left /= 2) {
+    bool upper = lane() & mask;
+    TPF_UNROLL
+    for (u32 r = 0; r < left / 2; ++r) {
+      float keep = upper ? x[r + left / 2] : x[r], give = upper ? x[r] : x[r + left / 2];
+      x[r] = add_rn(keep, shuffle_xor(give, mask));
+    }
+    mask /= 2;
+  }
+  TPF_UNROLL
+  for (u32 m = kWarp / 2 / kRows; m > 0; m /= 2) x[0] = add_rn(x[0], shuffle_xor(x[0], m));
+  return x[0];
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Few rows: a warp has a whole row.
 
@@ -330,25 +354,13 @@ TPF_DEVICE u64 row_slots(u64 workspace, u32 place, u32 source) {
 TPF_DEVICE u32 row_slot(u32 step) { return step % kRowRing * kMaxWorld * 16; }
 
 // Sums each of kCount values (a power of two) over the 32 lanes and then the results over each other, both by halves; every
-// lane gets the total. The exchange of halves is fold_lanes' trick.
+// lane gets the total.
 template <u32 kCount>
-TPF_DEVICE float fold_all(float (&x)[kCount]) {
-  u32 mask = kWarp / 2;
+TPF_DEVICE float fold_all(const float (&x)[kCount]) {
+  float sum = fold_lanes<kCount>(x);
   TPF_UNROLL
-  for (u32 left = kCount; left > 1; left /= 2) {
-    bool upper = lane() & mask;
-    TPF_UNROLL
-    for (u32 r = 0; r < left / 2; ++r) {
-      float keep = upper ? x[r + left / 2] : x[r], give = upper ? x[r] : x[r + left / 2];
-      x[r] = add_rn(keep, shuffle_xor(give, mask));
-    }
-    mask /= 2;
-  }
-  TPF_UNROLL
-  for (u32 m = kWarp / 2 / kCount; m > 0; m /= 2) x[0] = add_rn(x[0], shuffle_xor(x[0], m));
-  TPF_UNROLL
-  for (u32 m = kWarp / 2; m > kWarp / 2 / kCount; m /= 2) x[0] = add_rn(x[0], shuffle_xor(x[0], m));
-  return x[0];
+  for (u32 m = kWarp / 2; m > kWarp / 2 / kCount; m /= 2) sum = add_rn(sum, shuffle_xor(sum, m));
+  return sum;
 }
 
 // Block: kWarps warps, kWarps rows at a time. kGroups0, kGroups1: groups of the tensors, padded to powers of two; 0 for
@@ -432,30 +444,6 @@ template <u32 W>
 TPF_DEVICE u64 block_slot(u64 workspace, u32 step, u32 source, u32 row) {
   u64 index = (u64(block_index()) * kBlockRing + step % kBlockRing) * kMaxWorld + source;
   return workspace + NormSlots::block_slots + (index * kBlockRows + row) * 16;
-}
-
-// Sums kRows values over the 32 lanes, each by the fold of one value, in fewer shuffles: while several rows are left,
-// the two halves of the lanes exchange so that each goes on with half of the rows. Lane l ends with row
-// l / (32 / kRows).
-template <u32 kRows>
-TPF_DEVICE float fold_lanes(const float (&sums)[kRows]) {
-  float x[kRows];
-  TPF_UNROLL
-  for (u32 r = 0; r < kRows; ++r) x[r] = sums[r];
-  u32 mask = kWarp / 2;
-  TPF_UNROLL
-  for (u32 left = kRows; left > 1; left /= 2) {
-    bool upper = lane() & mask;
-    TPF_UNROLL
-    for (u32 r = 0; r < left / 2; ++r) {
-      float keep = upper ? x[r + left / 2] : x[r], give = upper ? x[r] : x[r + left / 2];
-      x[r] = add_rn(keep, shuffle_xor(give, mask));
-    }
-    mask /= 2;
-  }
-  TPF_UNROLL
-  for (u32 m = kWarp / 2 / kRows; m > 0; m /= 2) x[0] = add_rn(x[0], shuffle_xor(x[0], m));
-  return x[0];
 }
 
 // The fold of `count` groups' sums by `kLanes` neighbouring lanes, of which this is number `s`.
