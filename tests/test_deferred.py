@@ -1,4 +1,4 @@
-"""Deferral: a partial sum is reduced exactly once, by the norm behind it or by `reduce()`, and anything else is said."""
+"""Deferral: a partial sum is reduced exactly once, by a norm or by `reduce()`, and anything else is said."""
 
 from __future__ import annotations
 
@@ -68,22 +68,28 @@ def test_consuming_twice_is_an_error(alone, first, second):
 
 def test_dropping_is_an_error_that_names_who_was_dropped(alone):
     deferral = Deferral(alone)
-    with (
-        pytest.raises(DeferralError, match=r"layers\.0\.mlp, layers\.1\.mlp: partial sums that no norm"),
-        deferral.forward(),
-    ):
-        for layer in range(2):
-            deferral.pending(partial(), f"layers.{layer}.mlp")
-        deferral.pending(partial(), "layers.2.mlp").reduce()
-    with deferral.forward():  # and the next forward starts afresh
-        pass
+
+    def forward() -> None:
+        with deferral.forward():
+            for layer in range(2):
+                deferral.pending(partial(), f"layers.{layer}.mlp")
+            deferral.pending(partial(), "layers.2.mlp").reduce()
+
+    for _ in range(2):  # the second forward starts afresh
+        with pytest.raises(DeferralError, match=r"^layers\.0\.mlp, layers\.1\.mlp: partial sums that no norm"):
+            forward()
 
 
 def test_an_error_inside_a_forward_is_not_covered_up(alone):
     deferral = Deferral(alone)
-    with pytest.raises(KeyError), deferral.forward():
-        deferral.pending(partial(), "mlp")
-        raise KeyError
+
+    def forward() -> None:
+        with deferral.forward():
+            deferral.pending(partial(), "mlp")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        forward()
     assert not deferral.open
 
 
@@ -139,7 +145,7 @@ def test_a_torch_function_says_what_to_do(alone):
     deferral = Deferral(alone)
     with deferral.forward():
         made = deferral.pending(partial(), "mlp")
-        with pytest.raises(DeferralError, match="not a tensor until it is reduced. Give it to the norm that follows"):
+        with pytest.raises(DeferralError, match=r"not a tensor until it is reduced\. Give it to the norm that follows"):
             torch.relu(made)
         made.reduce()
 
