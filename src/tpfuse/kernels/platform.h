@@ -103,6 +103,7 @@ TPF_DEVICE void store_global(Vec16* p, const Vec16& x) { store_as<uint4>(p, x); 
 TPF_DEVICE void store_global(Vec8* p, const Vec8& x) { store_as<uint2>(p, x); }
 TPF_DEVICE void store_global(u32* p, u32 x) { store_as<u32>(p, x); }
 TPF_DEVICE void store_global(u16* p, u16 x) { store_as<u16>(p, x); }
+TPF_DEVICE void store_global(u8* p, u8 x) { store_as<u8>(p, x); }
 
 // One family of loads and stores by PTX opcode. `qualifier` is empty for read-only loads, which the compiler may
 // move and merge, and `volatile` with a memory clobber for all others.
@@ -351,6 +352,7 @@ TPF_DEVICE void store_global(Vec16* p, const Vec16& x) { detail::store(p, x); }
 TPF_DEVICE void store_global(Vec8* p, const Vec8& x) { detail::store(p, x); }
 TPF_DEVICE void store_global(u32* p, u32 x) { detail::store(p, x); }
 TPF_DEVICE void store_global(u16* p, u16 x) { detail::store(p, x); }
+TPF_DEVICE void store_global(u8* p, u8 x) { detail::store(p, x); }
 
 TPF_DEVICE Vec16 load_streaming(const Vec16* p) { return detail::load_nontemporal(p); }
 TPF_DEVICE Vec8 load_streaming(const Vec8* p) { return detail::load_nontemporal(p); }
@@ -532,6 +534,7 @@ inline void store_global(Vec16* p, const Vec16& x, TPF_SITE) { host::store(p, x,
 inline void store_global(Vec8* p, const Vec8& x, TPF_SITE) { host::store(p, x, host::Scope::plain, site); }
 inline void store_global(u32* p, u32 x, TPF_SITE) { host::store(p, x, host::Scope::plain, site); }
 inline void store_global(u16* p, u16 x, TPF_SITE) { host::store(p, x, host::Scope::plain, site); }
+inline void store_global(u8* p, u8 x, TPF_SITE) { host::store(p, x, host::Scope::plain, site); }
 
 template <class T>
 T load_streaming(const T* p, TPF_SITE) {
