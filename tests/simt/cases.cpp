@@ -208,6 +208,25 @@ void time_leaps(u64 seed) {
   expect(waited >= 5'000'000'000 && m.steps() < 100000, "time did not leap");
 }
 
+// Kernels that look at their clock once in many turns give up by themselves, before the machine calls it a hang.
+void a_rare_look_at_the_clock(u64 seed) {
+  Machine m(2, seed);
+  u32* flag = m.alloc_zeroed<u32>(0, 1, "flag");
+  u64 waited = 0;
+  m.launch(0, 2, 64, [=, &waited] {
+    u64 start = 0;
+    for (u32 turn = 1; load_system(flag) == 0; ++turn) {
+      spin_pause();
+      if (turn % 512 != 0) continue;
+      if (start == 0) start = clock_ns();
+      waited = clock_ns() - start;
+      if (waited > 1'000'000'000'000) break;
+    }
+  });
+  m.run();
+  expect(waited > 1'000'000'000'000 && waited < 3'000'000'000'000, "the deadline passed unseen");
+}
+
 // ---- what must happen in some seed, and what in none
 
 Seen overtaking;
@@ -320,6 +339,7 @@ const std::map<std::string, void (*)(u64)> kCases = {
     {"named_barrier", named_barrier},
     {"the_living_meet", the_living_meet},
     {"time_leaps", time_leaps},
+    {"a_rare_look_at_the_clock", a_rare_look_at_the_clock},
     {"weak_order", weak_order},
     {"torn", torn},
     {"pdl_overlaps", pdl_overlaps},

@@ -25,6 +25,8 @@ using host::Site;
 
 namespace {
 
+constexpr u64 kSecond = 1'000'000'000;
+
 // ---- memory
 
 constexpr unsigned char kFresh = 0xff;
@@ -267,7 +269,7 @@ struct Machine::Impl {
   u64 parcels_sent = 0, threads_made = 0, blocks_ended = 0;
   u32 runnable = 0;
   // A thread that came to spin_pause since the last progress has seen all there is, and need not run.
-  u64 round = 1, leap_ns = 0;
+  u64 round = 1, leap_ns = 0, idle_ns = 0;
   // What a seed chooses once.
   u32 system_odds, plain_odds, burst, epoch_steps, quiet_odds;
   std::vector<u32> pair_delay;
@@ -588,7 +590,7 @@ void Machine::Impl::new_epoch() {
 
 void Machine::Impl::progress() {
   ++round;
-  leap_ns = 0;
+  leap_ns = idle_ns = 0;
 }
 
 void Machine::Impl::count_spinning(Thread& t, i32 n) {
@@ -597,15 +599,17 @@ void Machine::Impl::count_spinning(Thread& t, i32 n) {
 }
 
 // Everybody waits. What is on its way arrives; if nothing is, time passes, faster and faster, until a deadline lets
-// somebody go.
+// somebody go. A round is one turn of each spin, and kernels look at their clock once in many turns: leaps end at a
+// second, so that there are thousands of turns in the hour after which it is a hang.
 void Machine::Impl::idle() {
   if (start_any()) return;
   if (!parcels.empty()) return deliver_first();
   if (runnable == 0) fail("nothing can run");
   ++round;
-  leap_ns = leap_ns ? 2 * leap_ns : options.ns_per_step;
+  leap_ns = leap_ns ? std::min(2 * leap_ns, kSecond) : options.ns_per_step;
   now_ns += leap_ns;
-  if (leap_ns >> 44) fail("a hang: all threads spin, nothing is on its way, and hours passed");
+  idle_ns += leap_ns;
+  if (idle_ns > 3600 * kSecond) fail("a hang: all threads spin, nothing is on its way, and an hour passed");
 }
 
 void Machine::Impl::make_runnable(Thread& t) {

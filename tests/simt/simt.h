@@ -15,7 +15,8 @@
 //   - Launches of a rank run in stream order. With `pdl`, blocks may start as soon as every block of the grid before
 //     has triggered or ended, and `dependency_wait` holds them until that grid is complete and its stores delivered.
 //   - `clock_ns` is virtual: it advances with every step, and leaps while all threads only spin and nothing is on its
-//     way, so deadlines of seconds are reached in milliseconds, and only when nobody can move.
+//     way, so deadlines of seconds are reached in milliseconds, and only when nobody can move. After an hour of leaps,
+//     of a second at most, it is a hang.
 //   - Every access through platform.h must lie inside one allocation and be aligned; allocations are fenced on
 //     both sides (poisoned under AddressSanitizer, canaries otherwise) and filled with 0xff (NaN, an impossible index).
 //

@@ -115,6 +115,7 @@ def test_address_sanitizer_sees_fibers(case: str) -> None:
         "named_barrier",
         "the_living_meet",
         "time_leaps",
+        "a_rare_look_at_the_clock",
     ],
 )
 def test_promise_is_kept(case: str, sanitize: bool) -> None:
