@@ -25,7 +25,8 @@ UBSAN = ("-fsanitize=undefined", "-fno-sanitize-recover=undefined")
 
 def compiler() -> str | None:
     """The host compiler, or None: then the emulation's tests are skipped."""
-    return shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    found = (shutil.which(name) for name in ("c++", "g++", "clang++", "clang++-19"))
+    return next(filter(None, found), None)
 
 
 def cache_folder() -> Path:
