@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -84,7 +86,7 @@ def records(ranks: Ranks) -> list[Record]:
         job, PRESETS["minimax-m2"], "fused", (5,), (*BASELINES.values(), *BAD), progress=lambda *s: steps.append(s)
     )
     assert results[0] == results[1]  # every rank has the same rows
-    assert steps[-1][0] == steps[-1][1] == 3
+    assert steps[-1][0] == steps[-1][1] == 4
     found: list[Record] = results[0]
     return found
 
@@ -98,7 +100,7 @@ def test_every_op_has_a_time(ranks: Ranks, records: list[Record], name: str) -> 
     preset = PRESETS[name]
     baselines = find_baselines(["gloo", "gather"])
     found = records if name == "minimax-m2" else ranks.run(job, preset, "fused", (3,), baselines)[0]
-    for impl, ops in ((TPFUSE, preset.ops), ("gloo", preset.ops), ("gather", ("qk_rms_norm",))):
+    for impl, ops in ((TPFUSE, preset.ops), ("gloo", preset.ops), ("gather", ("qk_rms_norm", "qk_rms_norm_rope"))):
         ours = rows(found, impl)
         assert {r.op for r in ours} == set(ops) & set(preset.ops)
         for r in ours:
@@ -186,7 +188,9 @@ def test_report_shows_modes_ratios_and_failures(records: list[Record], tmp_path:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "requested fused, effective control" in text
     assert "On a CPU only ratios" in text
-    assert text.count("the best baseline's speed") == 3
+    assert text.count("the best baseline's speed") == 4
+    assert text.count("vs without RoPE") == 1
+    assert re.search(r"[+-]\d+% │", text)
     assert "failed: no_sum, all rows: rank 0: wrong result" in text
     assert "failed: raises, all rows: rank 1: ValueError: no luck here" in text
 
@@ -235,6 +239,9 @@ def test_bytes_by_hand() -> None:
     qk = case("minimax-m2", "qk_rms_norm", 10, 4)  # 1536 + 256 = 1792 columns a rank
     assert memory_bytes(qk) == 10 * 1792 * 2 + 10 * 1792 * 2 + 1792 * 2
     assert link_bytes(qk) == 8 * 3 * 10
+    rotated = case("minimax-m2", "qk_rms_norm_rope", 10, 4)  # 32 cosines and sines in fp32 and a position for each row
+    assert memory_bytes(rotated) == memory_bytes(qk) + 10 * (2 * 32 * 4 + 8)
+    assert link_bytes(rotated) == link_bytes(qk)
     reduce = case("minimax-m2", "all_reduce", 10, 4)
     assert memory_bytes(reduce) == 61440 + 61440
     assert link_bytes(reduce) == 1.5 * 61440
@@ -284,6 +291,19 @@ def test_names_and_numbers_from_the_command_line() -> None:
         find_preset("llama")
 
 
+def test_host_cost(tmp_path: Path) -> None:
+    path = tmp_path / "host.jsonl"
+    script = Path(__file__).parents[1] / "benchmarks" / "host_cost.py"
+    options = ("--device", "cpu", "--calls", "2", "--repeats", "3", "--json", str(path))
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(row["us"] == max(row["us_ranks"]) > 0 and len(row["us_ranks"]) == 2 for row in found)
+    calls = {(row["backend"], row["op"]) for row in found}
+    assert ("torch", "torch.add") in calls
+    assert calls >= {(b, op) for b in ("nothing", "collective") for op in PRESETS["minimax-m2"].ops}
+
+
 def test_machines_have_short_names() -> None:
     assert short_gpu("NVIDIA H200") == "h200"
     assert short_gpu("AMD Instinct MI300X") == "mi300x"
@@ -295,4 +315,6 @@ def test_machines_have_short_names() -> None:
 
 def test_a_width_that_cannot_be_sharded_is_a_reason() -> None:
     assert "3 ranks" in case("minimax-m2", "qk_rms_norm", 1, 3).unsupported
+    assert case("minimax-m2", "qk_rms_norm", 1, 16).unsupported == ""
+    assert "16 ranks" in case("minimax-m2", "qk_rms_norm_rope", 1, 16).unsupported  # half a head
     assert case("minimax-m2", "all_reduce", 1, 3).unsupported == ""

@@ -18,12 +18,15 @@ from torch import Tensor
 from tpfuse import reference
 from tpfuse.backends.collective import short
 from tpfuse.presets import Preset
+from tpfuse.rope import Rope
 
 Inputs = Mapping[str, Tensor]  # by name, see the makers below
 Outputs = tuple[Tensor, ...]
 
 ROW_SCALES = (1.0, 1e-3, 4.0)  # row t has scale t % 3; 1e-3 squared is the usual eps
 EVERY_RANK = -1  # the seed's rank for tensors that are the same on all ranks
+POSITIONS = 4096  # rows of the rotation's tables
+QK = ("qk_rms_norm", "qk_rms_norm_rope")  # the norm over a sharded width, alone and with its rotation
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,27 @@ class Case:
     dtype: torch.dtype
     residual_dtype: torch.dtype
     layout: str
+    rope: tuple[int, int] | None = None  # head_dim and rotary_dim
 
     @property
     def width(self) -> str:
         return "+".join(map(str, self.widths))
 
     @property
+    def called(self) -> str:
+        """The communicator's operation that serves this."""
+        return self.op.removesuffix("_rope")
+
+    @property
     def local(self) -> tuple[int, ...]:
         """Widths of one rank's tensors: only the norms over a sharded width are sharded."""
-        return tuple(w // self.world for w in self.widths) if self.op == "qk_rms_norm" else self.widths
+        return tuple(w // self.world for w in self.widths) if self.op in QK else self.widths
 
     @property
     def unsupported(self) -> str:
         """Why this case does not exist at this world size, or empty."""
-        odd = self.op == "qk_rms_norm" and any(w % self.world for w in self.widths)
+        head = self.rope[0] if self.rope else 1
+        odd = self.op in QK and any(w % (self.world * head) for w in self.widths)
         return f"{self.op}: widths {self.width} can't be sharded over {self.world} ranks" if odd else ""
 
     def __str__(self) -> str:
@@ -65,13 +75,14 @@ def cases_of(preset: Preset, world: int, tokens: Sequence[int]) -> list[Case]:
         Case(
             op,
             count,
-            preset.qk if op == "qk_rms_norm" and preset.qk else (preset.hidden,),
+            preset.qk if op in QK and preset.qk else (preset.hidden,),
             world,
             preset.eps,
             preset.weight_bias,
             preset.dtype,
             preset.residual_dtype,
-            "views of qkv" if op == "qk_rms_norm" else "contiguous",
+            "views of qkv" if op in QK else "contiguous",
+            preset.rope if op == "qk_rms_norm_rope" else None,
         )
         for op in preset.ops
         for count in tokens
@@ -95,6 +106,7 @@ def make_inputs(case: Case, rank: int, number: int, device: torch.device) -> Inp
     """Rank `rank`'s inputs in set `number`, the same wherever they are made.
 
     qk_rms_norm: q, k, views of one qkv tensor, and q_weight, k_weight, this rank's shards of gamma.
+    qk_rms_norm_rope: also cos, sin and positions.
     all_reduce: x, this rank's partial sum. all_reduce_rms_norm: also residual, weight, and gamma = weight +
     weight_bias, which models can compute ahead.
     """
@@ -110,6 +122,24 @@ def _qk_inputs(case: Case, rank: int, number: int, device: torch.device) -> Inpu
         "q_weight": _weight(case, n, "q_weight", rank, number, device),
         "k_weight": _weight(case, m, "k_weight", rank, number, device),
     }
+
+
+def _qk_rope_inputs(case: Case, rank: int, number: int, device: torch.device) -> Inputs:
+    assert case.rope is not None
+    generator = _generator(case, "angles", EVERY_RANK, number, device)
+    angles = torch.rand((POSITIONS, case.rope[1] // 2), generator=generator, device=device) * 100
+    positions = torch.randint(POSITIONS, (case.tokens,), generator=generator, device=device)
+    return {
+        **_qk_inputs(case, rank, number, device),
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+        "positions": positions,
+    }
+
+
+def rope_of(case: Case, inputs: Inputs) -> Rope | None:
+    """The rotation that a case's inputs have, if any."""
+    return Rope(inputs["cos"], inputs["sin"], inputs["positions"], *case.rope) if case.rope else None
 
 
 def _all_reduce_inputs(case: Case, rank: int, number: int, device: torch.device) -> Inputs:
@@ -130,6 +160,7 @@ def _all_reduce_rms_norm_inputs(case: Case, rank: int, number: int, device: torc
 
 _MAKERS: Mapping[str, Callable[[Case, int, int, torch.device], Inputs]] = {
     "qk_rms_norm": _qk_inputs,
+    "qk_rms_norm_rope": _qk_rope_inputs,
     "all_reduce": _all_reduce_inputs,
     "all_reduce_rms_norm": _all_reduce_rms_norm_inputs,
 }
@@ -161,7 +192,8 @@ def expected(case: Case, rank: int, number: int, device: torch.device) -> Output
 
 def _qk_reference(case: Case, every: Sequence[Inputs], rank: int) -> Outputs:
     q, k, q_weight, k_weight = ([i[name] for i in every] for name in ("q", "k", "q_weight", "k_weight"))
-    return reference.qk_rms_norm(q, k, q_weight, k_weight, eps=case.eps, weight_bias=case.weight_bias)[rank]
+    bias, rope = case.weight_bias, rope_of(case, every[rank])
+    return reference.qk_rms_norm(q, k, q_weight, k_weight, eps=case.eps, weight_bias=bias, rope=rope)[rank]
 
 
 def _all_reduce_reference(case: Case, every: Sequence[Inputs], rank: int) -> Outputs:
@@ -183,6 +215,7 @@ def _all_reduce_rms_norm_reference(case: Case, every: Sequence[Inputs], rank: in
 
 _REFERENCES: Mapping[str, Callable[[Case, Sequence[Inputs], int], Outputs]] = {
     "qk_rms_norm": _qk_reference,
+    "qk_rms_norm_rope": _qk_reference,
     "all_reduce": _all_reduce_reference,
     "all_reduce_rms_norm": _all_reduce_rms_norm_reference,
 }

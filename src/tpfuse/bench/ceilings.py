@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from tpfuse.bench.cases import Case
+from tpfuse.bench.cases import QK, Case
 from tpfuse.bench.implementations import all_gather
 
 # Large enough that latency is nothing, and on a GPU several times its L2.
@@ -36,15 +36,18 @@ def memory_bytes(case: Case) -> int:
     """Bytes through one rank's memory: each input read once, each output written once, nothing in between.
 
     With b bytes an element, c a residual's, T rows, and n = (q + k) / W or H columns:
-    qk_rms_norm          T n b read, T n b written, n b gamma
+    qk_rms_norm          T n b read, T n b written, n b gamma; with a rotation of d elements 4 T d + 8 T more: d / 2
+                         cosines and sines in fp32 and a position for each row
     all_reduce           T H b read, T H b written
     all_reduce_rms_norm  T H (b + c) read, T H (b + c) written, H b gamma
     """
     b, c = case.dtype.itemsize, case.residual_dtype.itemsize
     columns = sum(case.local)
     elements = case.tokens * columns
+    norm = 2 * elements * b + columns * b
     return {
-        "qk_rms_norm": 2 * elements * b + columns * b,
+        "qk_rms_norm": norm,
+        "qk_rms_norm_rope": norm + (4 * case.rope[1] + 8 if case.rope else 0) * case.tokens,
         "all_reduce": 2 * elements * b,
         "all_reduce_rms_norm": 2 * elements * (b + c) + columns * b,
     }[case.op]
@@ -53,12 +56,12 @@ def memory_bytes(case: Case) -> int:
 def link_bytes(case: Case) -> float:
     """Bytes that one rank must receive (and send).
 
-    qk_rms_norm          two fp32 sums from each peer: 8 (W - 1) T
+    qk_rms_norm, _rope   two fp32 sums from each peer: 8 (W - 1) T
     all_reduce and all_reduce_rms_norm
                          2 (W - 1) / W of the payload T H b: reduce-scatter, then all-gather
     """
     peers = case.world - 1
-    if case.op == "qk_rms_norm":
+    if case.op in QK:
         return 8 * peers * case.tokens
     return 2 * peers / case.world * case.tokens * case.widths[0] * case.dtype.itemsize
 

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from tpfuse.bench.cases import Case, Inputs, Outputs
+from tpfuse.bench.cases import QK, Case, Inputs, Outputs, rope_of
 from tpfuse.bench.records import TPFUSE
 from tpfuse.communicator import Communicator
 from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.plan import Route, combined_mode
+from tpfuse.rope import rotate
 
 Step = Callable[[Case, Inputs], Outputs]
 
@@ -76,7 +77,7 @@ class Tpfuse:
         return _TPFUSE[case.op](self._comm, case, inputs)
 
     def ran(self, case: Case) -> Ran:
-        calls = {c.route: c.calls for c in self._comm.report().counters if c.route.op == case.op}
+        calls = {c.route: c.calls for c in self._comm.report().counters if c.route.op == case.called}
         used = [route for route, count in calls.items() if count > self._seen.get(route, 0)]
         self._seen.update(calls)
         requested = self._comm.plan.requested_mode
@@ -92,7 +93,8 @@ class Tpfuse:
 
 
 def _tpfuse_qk(comm: Communicator, case: Case, i: Inputs) -> Outputs:
-    return comm.qk_rms_norm(i["q"], i["k"], i["q_weight"], i["k_weight"], eps=case.eps, weight_bias=case.weight_bias)
+    tensors, rope = (i["q"], i["k"], i["q_weight"], i["k_weight"]), rope_of(case, i)
+    return comm.qk_rms_norm(*tensors, eps=case.eps, weight_bias=case.weight_bias, rope=rope)
 
 
 def _tpfuse_all_reduce(comm: Communicator, case: Case, i: Inputs) -> Outputs:
@@ -110,6 +112,7 @@ def _tpfuse_all_reduce_rms_norm(comm: Communicator, case: Case, i: Inputs) -> Ou
 
 _TPFUSE: Mapping[str, Callable[[Communicator, Case, Inputs], Outputs]] = {
     "qk_rms_norm": _tpfuse_qk,
+    "qk_rms_norm_rope": _tpfuse_qk,
     "all_reduce": _tpfuse_all_reduce,
     "all_reduce_rms_norm": _tpfuse_all_reduce_rms_norm,
 }
@@ -170,7 +173,7 @@ def _steps(site: Site, reduce: Callable[[Tensor], Tensor], reduce_kept: Callable
         sums = reduce(torch.stack((q.float().square().sum(-1), k.float().square().sum(-1)), -1))
         q_inverse = torch.rsqrt(sums[:, :1] * (1 / case.widths[0]) + case.eps)
         k_inverse = torch.rsqrt(sums[:, 1:] * (1 / case.widths[1]) + case.eps)
-        return (q * q_inverse * i["q_weight"]).to(q.dtype), (k * k_inverse * i["k_weight"]).to(k.dtype)
+        return _rotated(case, i, q * q_inverse * i["q_weight"], k * k_inverse * i["k_weight"])
 
     def all_reduce(case: Case, i: Inputs) -> Outputs:
         return (reduce_kept(i["x"]),)
@@ -180,7 +183,18 @@ def _steps(site: Site, reduce: Callable[[Tensor], Tensor], reduce_kept: Callable
         norm = rms_norm(residual.to(case.dtype), case.widths, i["gamma"], case.eps)
         return norm, residual
 
-    return {"qk_rms_norm": qk, "all_reduce": all_reduce, "all_reduce_rms_norm": all_reduce_rms_norm}
+    return {
+        "qk_rms_norm": qk,
+        "qk_rms_norm_rope": qk,
+        "all_reduce": all_reduce,
+        "all_reduce_rms_norm": all_reduce_rms_norm,
+    }
+
+
+def _rotated(case: Case, inputs: Inputs, *norms: Tensor) -> Outputs:
+    """The norms of q and k in the case's dtype, rotated before that where the case has a rotation."""
+    rope = rope_of(case, inputs)
+    return tuple((rotate(x.float(), rope) if rope else x).to(case.dtype) for x in norms)
 
 
 # Where MiniMax-M2 started from: gather whole rows, norm them, keep the own slice.
@@ -193,12 +207,14 @@ def _make_gather(site: Site) -> Mapping[str, Step]:
         all_gather(every, own)
         every = every.view(site.world, *own.shape)
         n = i["q"].shape[-1]
-        return (
+        return _rotated(
+            case,
+            i,
             _own_norm(every[:, :, :n], i["q_weight"], case.eps, site.rank),
             _own_norm(every[:, :, n:], i["k_weight"], case.eps, site.rank),
         )
 
-    return {"qk_rms_norm": qk}
+    return dict.fromkeys(QK, qk)
 
 
 def all_gather(every: Tensor, own: Tensor) -> None:
@@ -269,11 +285,14 @@ def _symmetric(site: Site) -> Symmetric:
 
 _TORCH = {
     "qk_rms_norm": "local sums, all-reduce of [T, 2], norm",
+    "qk_rms_norm_rope": "local sums, all-reduce of [T, 2], norm, rotation",
     "all_reduce": "all-reduce, in place",
     "all_reduce_rms_norm": "all-reduce in place, add, norm",
 }
+_GATHER = {"qk_rms_norm": "all-gather, norm, slice", "qk_rms_norm_rope": "all-gather, norm, slice, rotation"}
 _ONE_SHOT = {
     "qk_rms_norm": "local sums, one-shot of [T, 2] copied in, norm",
+    "qk_rms_norm_rope": "local sums, one-shot of [T, 2] copied in, norm, rotation",
     "all_reduce": "one-shot, copied in",
     "all_reduce_rms_norm": "one-shot copied in, add, norm",
 }
@@ -287,7 +306,7 @@ BASELINES: Mapping[str, Baseline] = {
     for baseline in (
         Baseline("nccl", "torch.distributed", _TORCH, _make_nccl, in_place=True),
         Baseline("gloo", "torch.distributed", _TORCH, _make_gloo, in_place=True),
-        Baseline("gather", "torch.distributed", {"qk_rms_norm": "all-gather, norm, slice"}, _make_gather),
+        Baseline("gather", "torch.distributed", _GATHER, _make_gather),
         Baseline("symm_mem_one_shot", "torch.symm_mem", _ONE_SHOT, _make_one_shot),
         Baseline("symm_mem_two_shot", "torch.symm_mem", _TWO_SHOT, _make_two_shot),
     )

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tpfuse.backends.collective import first_line, short
-from tpfuse.bench.cases import Case, cases_of
+from tpfuse.bench.cases import QK, Case, cases_of
 from tpfuse.bench.ceilings import Rates, ceiling_us, measure_rates
 from tpfuse.bench.implementations import (
     DEFAULT_BASELINES,
@@ -189,6 +189,4 @@ def _max_hidden(cases: Sequence[Case]) -> int:
 
 def _max_bytes(cases: Sequence[Case]) -> int:
     """Of the largest payload: two fp32 sums a row, or partial sums."""
-    return max(
-        case.tokens * (8 if case.op == "qk_rms_norm" else case.widths[0] * case.dtype.itemsize) for case in cases
-    )
+    return max(case.tokens * (8 if case.op in QK else case.widths[0] * case.dtype.itemsize) for case in cases)

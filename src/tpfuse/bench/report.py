@@ -1,7 +1,8 @@
 """The rows of a benchmark as rich tables: for each op a headline, a table, and every row that failed with its reason.
 
 Only rows that are ok take part in a ratio. `vs best` is the best baseline's time over tpfuse's: above 1, tpfuse is
-faster. `of ceiling` is the ceiling over tpfuse's time, see ceilings.py.
+faster. `of ceiling` is the ceiling over tpfuse's time, see ceilings.py. `vs without RoPE` is what the rotation adds to
+tpfuse's time of the same op without it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ def report(records: Sequence[Record]) -> RenderableType:
     parts: list[RenderableType] = []
     if records:
         parts += [escape(f"{records[0].world} ranks on {records[0].gpu}, commit {short_commit(records[0].commit)}"), ""]
-    for rows in by_op(records).values():
-        parts += [_headline(rows), _title(rows), _table(rows), *_reasons(rows), *_failures(rows), ""]
+    ops = by_op(records)
+    for op, rows in ops.items():
+        alone = times(ops.get(op.removesuffix("_rope"), ())) if op.endswith("_rope") else {}
+        parts += [_headline(rows), _title(rows), _table(rows, alone), *_reasons(rows), *_failures(rows), ""]
     if on_cpu(records):
         parts.append(Text(CPU_NOTE, style="yellow"))
     return Group(*parts)
@@ -90,7 +93,8 @@ def _title(rows: Sequence[Record]) -> str:
     return f"{first.width} {first.dtype}, {mode}"
 
 
-def _table(rows: Sequence[Record]) -> Table:
+def _table(rows: Sequence[Record], alone: dict[Key, dict[str, float]]) -> Table:
+    """alone: the times of the same op without its rotation, where the rows are of one with."""
     cpu, cases = on_cpu(rows), times(rows)
     ran = dict.fromkeys(impl for case in cases.values() for impl in case)  # those with a time, in order
     baselines = [impl for impl in ran if impl != TPFUSE]
@@ -102,12 +106,15 @@ def _table(rows: Sequence[Record]) -> Table:
     for impl in baselines:
         table.add_column(f"{impl} µs", justify="right")
     table.add_column("vs best", justify="right")
+    if alone:
+        table.add_column("vs without RoPE", justify="right")
     if not cpu:
         table.add_column("of ceiling", justify="right")
     for key, case in cases.items():
         cells = [_us(case.get(impl)) for impl in (TPFUSE, *baselines)]
+        added = [_added(case.get(TPFUSE), alone.get(key, {}).get(TPFUSE))] if alone else []
         shares = [] if cpu else [_share(ceilings[key], case.get(TPFUSE))]
-        table.add_row(f"{key.tokens:,}", key.cache, *cells, _ratio(ratio(case)), *shares)
+        table.add_row(f"{key.tokens:,}", key.cache, *cells, _ratio(ratio(case)), *added, *shares)
     return table
 
 
@@ -121,6 +128,10 @@ def _ratio(found: float | None) -> str:
     if found is None:
         return "-"
     return f"[green]{found:.2f}x[/]" if found > 1 else f"[yellow]{found:.2f}x[/]"
+
+
+def _added(us: float | None, alone: float | None) -> str:
+    return f"{us / alone - 1:+.0%}" if us and alone else "-"
 
 
 def _share(ceiling: float | None, us: float | None) -> str:
