@@ -1,0 +1,8 @@
+"""The model families that tpfuse knows. A new one is a file here and a line below."""
+
+from __future__ import annotations
+
+from tpfuse.integrations.transformers.architecture import Architecture
+from tpfuse.integrations.transformers.architectures import llama
+
+ARCHITECTURES: dict[str, Architecture] = {known.base: known for known in (llama.LLAMA, llama.QWEN3)}

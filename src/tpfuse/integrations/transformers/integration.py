@@ -1,0 +1,245 @@
+"""`enable()`: what it replaces in transformers, and what then happens to a model that is loaded with a TP plan.
+
+Design record
+- transformers 5.17 turns a model into a tensor-parallel one in ONE function, `apply_tensor_parallelism(model, mesh)`,
+  between building it on the meta device and loading its weights. There model, mesh and configuration are known. That
+  function is replaced, and `_finalize_model_loading`, which runs when the weights are there. A model that is loaded
+  without a TP plan never comes by, nor does one that was loaded before `enable()`.
+- Only modules of that one model are changed, by giving them a `forward` of their own, as transformers' hooks do.
+- Tried and left: `register_patch_mapping`, which replaces classes for every model of the process, with TP or without,
+  and leaves `_can_record_outputs` of the classes changed. Own styles in ALL_PARALLEL_STYLES: a style sees one module,
+  but deferral is about layers, and a Linear's hook swaps its weights in and out of DTensors on every call. The
+  `kernels` hub route, which overwrites the TP hooks.
+- Inside of mixers only the architecture's rules hold; the stock plan's hooks there gather or reduce too early. Of them
+  only the expert-parallel router's stays. Outside, embedding and lm_head, the stock plan holds as it is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from tpfuse.communicator import Communicator
+from tpfuse.deferred import Deferral, Place
+from tpfuse.errors import InvalidArgument, Unsupported
+from tpfuse.integrations.transformers import layers
+from tpfuse.integrations.transformers.architecture import Architecture, pattern_of
+from tpfuse.integrations.transformers.architectures import ARCHITECTURES
+from tpfuse.integrations.transformers.sharding import Sharding
+from tpfuse.plan import MODES, Report
+
+MINIMUM = "5.17"
+ROUTER = "ep_router"  # the stock style that stays inside of a mixer
+
+
+@dataclass
+class Applied:
+    """What tpfuse did to one model. `applied(model)` finds it."""
+
+    architecture: Architecture
+    mode: str
+    comm: Communicator
+    deferral: Deferral
+    sharding: Sharding
+
+    def report(self) -> Report:
+        """What really ran, from the Communicator."""
+        return self.comm.report()
+
+
+class _Seam:
+    """A function of transformers that is replaced between `put` and `take`."""
+
+    def __init__(self, owner: Any, name: str, parameters: tuple[str, ...], ours: Callable[..., Any]) -> None:
+        found = owner.__dict__.get(name)
+        stock = found.__func__ if isinstance(found, staticmethod) else found
+        if stock is None or tuple(signature(stock).parameters) != parameters:
+            raise Unsupported(
+                f"tpfuse.integrations.transformers: {owner.__name__}.{name}({', '.join(parameters)}) is not what this "
+                f"transformers has. Supported: transformers {MINIMUM}."
+            )
+        self.stock: Callable[..., Any] = stock
+        self._owner, self._name, self._found, self._ours = owner, name, found, ours
+
+    def put(self) -> None:
+        ours = staticmethod(self._ours) if isinstance(self._found, staticmethod) else self._ours
+        setattr(self._owner, self._name, ours)
+
+    def take(self) -> None:
+        setattr(self._owner, self._name, self._found)
+
+
+@dataclass
+class _Enabled:
+    mode: str
+    settings: dict[str, Any]
+    apply: _Seam
+    finish: _Seam
+
+
+_enabled: _Enabled | None = None
+
+
+def enable(mode: str = "fused", **settings: Any) -> None:
+    """From now on, models that are loaded with a TP plan run through tpfuse.
+
+    mode: "fused", "control" (the same, but all-reduce and norm stay separate) or "off" (every sum reduced where the
+    model's author reduces it). All three divide the weights alike. settings: of the Communicator, such as timeout.
+    Raises Unsupported for a transformers that it does not know. Calling it again changes the mode for later models.
+    """
+    global _enabled
+    if mode not in MODES:
+        raise InvalidArgument(f"enable: mode={mode!r}; supported: {', '.join(MODES)}.")
+    disable()
+    try:
+        from transformers import PreTrainedModel
+        from transformers.distributed import mixin
+    except ImportError as error:
+        raise Unsupported(
+            f"tpfuse.integrations.transformers needs transformers {MINIMUM}, which can't be imported ({error}). "
+            "pip install 'tpfuse[transformers]'"
+        ) from error
+    finishing = ("model", "load_config", "loading_info")
+    enabled = _Enabled(
+        mode,
+        settings,
+        _Seam(mixin, "apply_tensor_parallelism", ("model", "tp_mesh"), _apply),
+        _Seam(PreTrainedModel, "_finalize_model_loading", finishing, _finish),
+    )
+    enabled.apply.put()
+    enabled.finish.put()
+    _enabled = enabled
+
+
+def disable() -> None:
+    """Models loaded from now on are transformers' own. Those that run through tpfuse go on doing so."""
+    global _enabled
+    if _enabled is not None:
+        _enabled.apply.take()
+        _enabled.finish.take()
+        _enabled = None
+
+
+def applied(model: nn.Module) -> Applied:
+    """What tpfuse did to a model. Raises InvalidArgument if it did nothing."""
+    found = getattr(model, "_tpfuse", None)
+    if not isinstance(found, Applied):
+        raise InvalidArgument(
+            f"{type(model).__name__}: not a model of tpfuse. Call enable() before from_pretrained, and load with a TP "
+            "plan on more than one rank."
+        )
+    return found
+
+
+def _apply(model: Any, tp_mesh: DeviceMesh) -> Any:
+    """In the place of transformers' apply_tensor_parallelism."""
+    assert _enabled is not None
+    found = [(name, module) for name, module in model.named_modules() if type(module).__name__ in ARCHITECTURES]
+    if not found:
+        known = ", ".join(ARCHITECTURES)
+        warnings.warn(
+            f"tpfuse: {type(model).__name__} runs by transformers' own TP plan; tpfuse knows {known}.", stacklevel=2
+        )
+        return _enabled.apply.stock(model, tp_mesh)
+    for name, base in found:
+        made = shard(model, base, f"{name}." if name else "", tp_mesh, _enabled.mode, _enabled.settings)
+        model._tpfuse = made
+    return model
+
+
+def _finish(model: Any, load_config: Any, loading_info: Any) -> Any:
+    """In the place of transformers' _finalize_model_loading: afterwards, parameters become plain local tensors."""
+    assert _enabled is not None
+    info = _enabled.finish.stock(model, load_config, loading_info)
+    if isinstance(getattr(model, "_tpfuse", None), Applied):
+        model._tpfuse.sharding.finish()
+        model.requires_grad_(False)
+    return info
+
+
+def shard(model: Any, base: Any, prefix: str, mesh: DeviceMesh, mode: str, settings: dict[str, Any]) -> Applied:
+    """Divide the weights of `base` inside of `model`, and give its modules the forwards of the mode. Collective."""
+    architecture = ARCHITECTURES[type(base).__name__]
+    expert_parallel = bool(getattr(model.config.distributed_config, "enable_expert_parallel", False))
+    world = mesh.size()
+    architecture.check(base.config, world)
+    _refuse_quantised(model)
+    sharding = Sharding(mesh)
+    sharding.declare(base, prefix, architecture, expert_parallel)
+    _apply_stock_plan(model, prefix, architecture, mesh, expert_parallel)
+    comm = Communicator(mesh.get_group(), device=mesh.device_type, mode=mode, **settings)
+    deferral = Deferral(comm)
+    _give_forwards(base, architecture, deferral, Place(world, deferring=mode != "off"))
+    _save_in_order(model, sharding)
+    return Applied(architecture, mode, comm, deferral, sharding)
+
+
+def _apply_stock_plan(
+    model: Any, prefix: str, architecture: Architecture, mesh: DeviceMesh, expert_parallel: bool
+) -> None:
+    """What the stock plan does outside of mixers. Afterwards the model's plan says what is divided: transformers reads
+    from it whether the KV cache is."""
+    assert _enabled is not None
+    plan = dict(model.tp_plan)
+    kept = {
+        name: style
+        for name, style in plan.items()
+        if style == ROUTER or not architecture.is_mixer(name.removeprefix(prefix))
+    }
+    field = "_ep_plan" if expert_parallel else "_tp_plan"
+    setattr(model, field, kept)
+    _enabled.apply.stock(model, mesh)
+    ours = {prefix + name: rule.style for name, rule in architecture.rules(expert_parallel).items()}
+    setattr(model, field, kept | ours)
+
+
+def _give_forwards(base: Any, architecture: Architecture, deferral: Deferral, place: Place) -> None:
+    followers = [*getattr(base, architecture.layers)[1:], getattr(base, architecture.final_norm)]
+    for name, module in base.named_modules():
+        pattern = pattern_of(name)
+        for attribute, value in architecture.local.get(pattern, _nothing)(base.config, place.world).items():
+            setattr(module, attribute, value)
+        if pattern in architecture.forwards:
+            module.forward = architecture.forwards[pattern](module, deferral.comm)
+        if pattern in architecture.reduces:
+            module.forward = layers.mixer(module, deferral, place, name)
+        if place.deferring and pattern in architecture.norms:
+            module.forward = layers.norm(module, getattr(module, architecture.norm_eps), architecture.norm_bias)
+        if place.deferring and pattern == f"{architecture.layers}.*":
+            module.forward = architecture.layer(module, followers[int(name.rpartition(".")[2])])
+    base.forward = layers.model(base, deferral)
+
+
+def _nothing(config: Any, world: int) -> dict[str, Any]:
+    return {}
+
+
+def _save_in_order(model: Any, sharding: Sharding) -> None:
+    """What save_pretrained gathers from the ranks is put into the model's order. transformers saves the lm_head beside
+    the embedding that it is tied to, once it has divided it: it is left out again."""
+    gather = model.gather_sharded_state_dict_for_save
+
+    def gather_in_order(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = sharding.join(gather(*args, **kwargs))
+        for copy, source in model.all_tied_weights_keys.items():
+            if copy in state and source in state and torch.equal(state[copy], state[source]):
+                del state[copy]
+        return state
+
+    model.gather_sharded_state_dict_for_save = gather_in_order
+
+
+def _refuse_quantised(model: Any) -> None:
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised is not None and not getattr(quantised, "dequantize", False):
+        raise Unsupported(
+            f"{type(model).__name__}: a quantised checkpoint ({type(quantised).__name__}); supported: weights in "
+            "float32, bfloat16 or float16. Load it with a configuration that has dequantize=True."
+        )

@@ -1,0 +1,119 @@
+"""Tiny random models of each architecture, saved as safetensors, and what tests run on them on ranks.
+
+Weights are larger than a training would start with, and every tensor is random (norms and biases too), so that each
+has a say in the logits, and greedy decoding does not fall into a cycle of one token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpfuse.launch import Rank
+
+VOCABULARY = 96
+PROMPT = [[5, 11, 3, 42, 7, 19, 23], [2, 90, 33, 8, 64, 1, 77]]
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# Boundaries behind a mixer in a forward, and norms of q and k over the ranks.
+BOUNDARIES = {"llama": 6, "llama, few KV heads": 6, "qwen3": 6}
+QK_NORMS: dict[str, int] = {}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"intermediate_size": 64, "attention_bias": True, "mlp_bias": True}),
+    "llama, few KV heads": ("LlamaConfig", {"intermediate_size": 64, "num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", {"intermediate_size": 64, "tie_word_embeddings": True}),
+}
+
+
+def expected_calls(name: str, mode: str) -> dict[str, int]:
+    """Each boundary is one collective, whatever the mode, and no mixer has another one."""
+    expected = {"all_reduce" if mode == "off" else "all_reduce_rms_norm": BOUNDARIES[name]}
+    return expected | ({"qk_rms_norm": QK_NORMS[name]} if name in QK_NORMS else {})
+
+
+def make(name: str, folder: Path) -> Path:
+    """A checkpoint of a tiny random model, in fp32."""
+    import transformers
+
+    kind, fields = CONFIGS[name]
+    config = getattr(transformers, kind)(**{**COMMON, **fields})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomise(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def randomise(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "inv_freq" in name or not tensor.is_floating_point():
+            continue
+        noise = torch.randn(tensor.shape, generator=generator)
+        scale = 0.1 if tensor.dim() < 2 else 0.7 / tensor.shape[-1] ** 0.5
+        tensor.data.copy_(noise * scale + (1.0 if "norm" in name else 0.0))
+
+
+def load(path: Path, mode: str, world: int, **distributed: Any) -> Any:
+    """The model on this rank. mode: tpfuse's, or "stock", or "whole" for one that is not divided."""
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    from tpfuse.integrations import transformers as fused
+
+    if mode in ("stock", "whole"):
+        fused.disable()
+    else:
+        fused.enable(mode)
+    config = DistributedConfig(tp_size=world, tp_plan="auto", **distributed) if mode != "whole" and world > 1 else None
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, distributed_config=config)
+    finally:
+        fused.disable()
+
+
+@contextmanager
+def closing(model: Any) -> Iterator[Any]:
+    yield model
+    if hasattr(model, "_tpfuse"):
+        model._tpfuse.comm.close()
+
+
+def calls(model: Any) -> Counter[str]:
+    """Collectives of tpfuse so far, by operation."""
+    return Counter({c.route.op: c.calls for c in model._tpfuse.comm.report().counters})
+
+
+def logits(rank: Rank, path: Path, mode: str, distributed: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Logits of a whole forward, and the collectives that it took."""
+    with closing(load(path, mode, rank.world, **(distributed or {}))) as model:
+        found: dict[str, Any] = {"logits": model(torch.tensor(PROMPT)).logits.detach()}
+        if mode in ("off", "control", "fused"):
+            found["calls"] = calls(model)
+        return found
+
+
+def greedy(rank: Rank, path: Path, mode: str, tokens: int = 64, **settings: Any) -> Tensor:
+    with closing(load(path, mode, rank.world)) as model:
+        return model.generate(torch.tensor(PROMPT), max_new_tokens=tokens, do_sample=False, **settings)
+
+
+def saved(rank: Rank, path: Path, into: Path, mode: str) -> None:
+    """The model loaded in shards and saved again."""
+    with closing(load(path, mode, rank.world)) as model:
+        model.save_pretrained(into)
