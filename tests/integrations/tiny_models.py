@@ -32,12 +32,20 @@ COMMON = {
     "eos_token_id": None,
 }
 # Boundaries behind a mixer in a forward, and norms of q and k over the ranks.
-BOUNDARIES = {"llama": 6, "llama, few KV heads": 6, "qwen3": 6}
-QK_NORMS: dict[str, int] = {}
+BOUNDARIES = {"llama": 6, "llama, few KV heads": 6, "qwen3": 6, "minimax-m2": 6, "minimax-m2, few KV heads": 6}
+QK_NORMS = {"minimax-m2": 3, "minimax-m2, few KV heads": 3}
+MOE = {
+    "intermediate_size": 32,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"intermediate_size": 64, "attention_bias": True, "mlp_bias": True}),
     "llama, few KV heads": ("LlamaConfig", {"intermediate_size": 64, "num_key_value_heads": 2}),
     "qwen3": ("Qwen3Config", {"intermediate_size": 64, "tie_word_embeddings": True}),
+    "minimax-m2": ("MiniMaxM2Config", MOE),
+    "minimax-m2, few KV heads": ("MiniMaxM2Config", {**MOE, "num_key_value_heads": 2}),
 }
 
 

@@ -73,7 +73,7 @@ class Architecture:
     norms: the norms that may find a deferred sum before them; `norm_eps`, `norm_bias`: their field of eps and what is
     added to their gamma. final_norm: the one behind the last layer.
     shards, and beside it one of tensor_experts and expert_parallel: what is divided.
-    local: fields of modules that count what one rank has. forwards: modules whose forward is replaced in every mode.
+    local, expert_local: fields of modules that count what one rank has, always and with expert parallelism. forwards: modules whose forward is replaced in every mode.
     check: raises Unsupported for what can't be divided, where Segments don't say it.
     """
 
@@ -85,6 +85,7 @@ class Architecture:
     tensor_experts: Mapping[str, Rule] = field(default_factory=dict)
     expert_parallel: Mapping[str, Rule] = field(default_factory=dict)
     local: Mapping[str, Callable[[Config, int], Mapping[str, Any]]] = field(default_factory=dict)
+    expert_local: Mapping[str, Callable[[Config, int], Mapping[str, Any]]] = field(default_factory=dict)
     forwards: Mapping[str, MakeForward] = field(default_factory=dict)
     check: Callable[[Config, int], None] = lambda config, world: None
     layers: str = "layers"
@@ -94,6 +95,9 @@ class Architecture:
 
     def rules(self, expert_parallel: bool) -> Mapping[str, Rule]:
         return {**self.shards, **(self.expert_parallel if expert_parallel else self.tensor_experts)}
+
+    def locals(self, expert_parallel: bool) -> Mapping[str, Callable[[Config, int], Mapping[str, Any]]]:
+        return {**self.local, **(self.expert_local if expert_parallel else {})}
 
     def is_mixer(self, name: str) -> bool:
         """Whether a module is a mixer or inside of one."""

@@ -176,7 +176,7 @@ def shard(model: Any, base: Any, prefix: str, mesh: DeviceMesh, mode: str, setti
     _apply_stock_plan(model, prefix, architecture, mesh, expert_parallel)
     comm = Communicator(mesh.get_group(), device=mesh.device_type, mode=mode, **settings)
     deferral = Deferral(comm)
-    _give_forwards(base, architecture, deferral, Place(world, deferring=mode != "off"))
+    _give_forwards(base, architecture, expert_parallel, deferral, Place(world, deferring=mode != "off"))
     _save_in_order(model, sharding)
     return Applied(architecture, mode, comm, deferral, sharding)
 
@@ -200,11 +200,14 @@ def _apply_stock_plan(
     setattr(model, field, kept | ours)
 
 
-def _give_forwards(base: Any, architecture: Architecture, deferral: Deferral, place: Place) -> None:
+def _give_forwards(
+    base: Any, architecture: Architecture, expert_parallel: bool, deferral: Deferral, place: Place
+) -> None:
     followers = [*getattr(base, architecture.layers)[1:], getattr(base, architecture.final_norm)]
+    local = architecture.locals(expert_parallel)
     for name, module in base.named_modules():
         pattern = pattern_of(name)
-        for attribute, value in architecture.local.get(pattern, _nothing)(base.config, place.world).items():
+        for attribute, value in local[pattern](base.config, place.world).items() if pattern in local else ():
             setattr(module, attribute, value)
         if pattern in architecture.forwards:
             module.forward = architecture.forwards[pattern](module, deferral.comm)
@@ -215,10 +218,6 @@ def _give_forwards(base: Any, architecture: Architecture, deferral: Deferral, pl
         if place.deferring and pattern == f"{architecture.layers}.*":
             module.forward = architecture.layer(module, followers[int(name.rpartition(".")[2])])
     base.forward = layers.model(base, deferral)
-
-
-def _nothing(config: Any, world: int) -> dict[str, Any]:
-    return {}
 
 
 def _save_in_order(model: Any, sharding: Sharding) -> None:

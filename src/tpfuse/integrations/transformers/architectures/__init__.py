@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from tpfuse.integrations.transformers.architecture import Architecture
-from tpfuse.integrations.transformers.architectures import llama
+from tpfuse.integrations.transformers.architectures import llama, minimax
 
-ARCHITECTURES: dict[str, Architecture] = {known.base: known for known in (llama.LLAMA, llama.QWEN3)}
+ARCHITECTURES: dict[str, Architecture] = {known.base: known for known in (llama.LLAMA, llama.QWEN3, minimax.MINIMAX_M2)}
