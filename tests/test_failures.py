@@ -238,8 +238,8 @@ def test_an_out_whose_rows_share_memory_is_refused(alone):
         alone.rms_norm(X, GAMMA, out=torch.ones(8).expand(3, 8))
 
 
-def test_a_quantised_output_is_not_supported_yet(alone):
-    with pytest.raises(Unsupported, match=re.escape("quant='fp8'; this version has no quantised outputs")):
+def test_a_format_that_is_none_is_refused(alone):
+    with pytest.raises(InvalidArgument, match=re.escape("quant='fp8'; needed: a format of tpfuse.quant, such as")):
         alone.all_reduce_rms_norm(X, GAMMA, quant="fp8")
 
 

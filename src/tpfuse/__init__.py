@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tpfuse import errors, nn, ops, reference
+    from tpfuse import errors, nn, ops, quant, reference
     from tpfuse.communicator import Communicator
     from tpfuse.errors import TpfuseError
     from tpfuse.plan import Plan
@@ -28,6 +28,7 @@ __all__ = [
     "errors",
     "nn",
     "ops",
+    "quant",
     "reference",
 ]
 

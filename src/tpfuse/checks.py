@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from tpfuse.errors import InvalidArgument, Unsupported
+from tpfuse.quant import Format
 
+RESIDUAL_LAYOUTS = ("replicated", "row_sharded")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = "float32, bfloat16 or float16"
 
@@ -62,6 +64,38 @@ def same_shape(op: str, name: str, y: Tensor, x: Tensor) -> None:
         raise InvalidArgument(f"{op}: {name} has dtype {y.dtype}; supported: {_NAMES}.")
     if y.stride(-1) != 1 and y.shape[-1] != 1:
         raise InvalidArgument(f"{op}: the last dimension of {name} has stride {y.stride(-1)}; needed: 1.")
+
+
+def row_shard(op: str, name: str, y: Tensor, rows: int, width: int, rank: int, world: int) -> None:
+    """y: this rank's rows, rank, rank + W, rank + 2W and so on, of `rows` rows."""
+    own = own_rows(rows, rank, world)
+    if y.shape != (own, width):
+        raise InvalidArgument(
+            f"{op}: {name} has shape {list(y.shape)}; needed: [{own}, {width}], the rows that rank {rank} of {world} "
+            f"has of {rows}. comm.shard_rows() makes them of whole rows."
+        )
+
+
+def own_rows(rows: int, rank: int, world: int) -> int:
+    """How many of `rows` rows belong to a rank: row t belongs to rank t % W."""
+    return (rows - rank + world - 1) // world
+
+
+def quant_format(op: str, quant: object, x: Tensor) -> None:
+    """quant: a format of tpfuse.quant that fits x."""
+    if not isinstance(quant, Format):
+        raise InvalidArgument(
+            f"{op}: quant={quant!r}; needed: a format of tpfuse.quant, such as quant.FP8PerToken(), or None."
+        )
+    quant.check(op, x)
+
+
+def layout(op: str, residual_layout: str, residual: Tensor | None) -> None:
+    """How the residual is spread over the ranks."""
+    if residual_layout not in RESIDUAL_LAYOUTS:
+        raise InvalidArgument(f"{op}: residual_layout={residual_layout!r}; supported: {', '.join(RESIDUAL_LAYOUTS)}.")
+    if residual_layout == "row_sharded" and residual is None:
+        raise InvalidArgument(f"{op}: residual_layout='row_sharded' without a residual; leave it out, or give one.")
 
 
 def output(op: str, out: Tensor, x: Tensor) -> None:

@@ -27,6 +27,7 @@ from tpfuse.backends.cuda.sharded_norm import why_not
 from tpfuse.backends.cuda.workspace import availability
 from tpfuse.errors import CommunicatorClosed, InvalidArgument, TpfuseError, Unsupported
 from tpfuse.plan import MODES, Counter, Facts, Plan, Report, Route, combined_mode
+from tpfuse.quant import Format
 from tpfuse.reference import NormOutput
 from tpfuse.rope import Rope
 
@@ -266,45 +267,98 @@ class Communicator:
         residual: Tensor | None = None,
         eps: float = 1e-6,
         weight_bias: float = 0.0,
-        quant: object | None = None,
+        quant: Format | None = None,
         keep_norm: bool = False,
+        residual_layout: str = "replicated",
     ) -> NormOutput:
         """All-reduce, residual add and RMSNorm, the boundary of every decoder layer.
 
         x: `[..., H]`, this rank's partial sum; weight: `[H]`, the whole gamma; residual: like x, of any float dtype.
         Returns `NormOutput(norm, residual, quant, scale)`: the norm of `sum + residual` in the dtype of x, and the new
         residual `sum + residual` in the residual's dtype (None without one). weight_bias=1.0 is Gemma's norm.
-        quant: a quantised output format; none is supported yet. keep_norm: with quant, also return the norm.
+        quant: a format of tpfuse.quant; the norm is then returned as `quant` and `scale`, and as it is, too, with
+        keep_norm. residual_layout="row_sharded": residual is this rank's rows `[own, H]` (see `shard_rows`), and so is
+        the one that is returned; all else has all rows.
         """
-        if quant is not None:
-            raise Unsupported(
-                f"all_reduce_rms_norm: quant={quant!r}; this version has no quantised outputs. "
-                "Leave quant=None and quantise the returned norm."
-            )
+        op, row_sharded = "all_reduce_rms_norm", residual_layout == "row_sharded"
+        checks.layout(op, residual_layout, residual)
         if torch.compiler.is_compiling():
-            if residual is None:
-                y = torch.ops.tpfuse.all_reduce_rms_norm(x, weight, self.name, eps, weight_bias)
-                return NormOutput(y, None, None, None)
-            y, r = torch.ops.tpfuse.all_reduce_add_rms_norm(x, weight, residual, self.name, eps, weight_bias)
-            return NormOutput(y, r, None, None)
-        checks.activation("all_reduce_rms_norm", "x", x, self.device, self.max_hidden)
-        checks.weight("all_reduce_rms_norm", "weight", weight, x)
+            return self._compiled_boundary(x, weight, residual, eps, weight_bias, quant, keep_norm, row_sharded)
+        checks.activation(op, "x", x, self.device, self.max_hidden)
+        checks.weight(op, "weight", weight, x)
+        count, width = count_rows(x), x.shape[-1]
         if residual is not None:
-            checks.same_shape("all_reduce_rms_norm", "residual", residual, x)
-        residual_dtype = None if residual is None else residual.dtype
+            if row_sharded:
+                checks.row_shard(op, "residual", residual, count, width, self.rank, self.world)
+            checks.same_shape(op, "residual", residual, residual if row_sharded else x)
+        if quant is not None:
+            checks.quant_format(op, quant, x)
         call = Call(
-            "all_reduce_rms_norm", count_rows(x), x.shape[-1], 0, x.dtype, residual_dtype, eps, eps, weight_bias
-        )
-        if self._begin(call) is None:
-            return NormOutput(empty(x), None if residual is None else empty(residual), None, None)
+            op, count, width, 0, x.dtype, None if residual is None else residual.dtype, eps, eps, weight_bias,
+            "" if quant is None else quant.name, keep_norm, row_sharded,
+        )  # fmt: skip
+        backend = self._begin(call)
+        if backend is None:
+            return boundary_outputs(x, residual, quant, keep_norm)
         stream = None if residual is None else rows(residual)
-        norm, new = self._collective.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias)
-        return NormOutput(norm.view(x.shape), None if new is None else new.view(x.shape), None, None)
+        norm, new = self._collective.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias, row_sharded)
+        norm = norm.view(x.shape)
+        if residual is not None and new is not None:
+            new = new.view(residual.shape)
+        if quant is None:
+            return NormOutput(norm, new, None, None)
+        return NormOutput(norm if keep_norm else None, new, *quant.encode(norm))
 
-    def _begin(self, call: Call, unfit: str = "") -> Collective | CudaBackend | None:
+    def _compiled_boundary(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        eps: float,
+        weight_bias: float,
+        quant: Format | None,
+        keep_norm: bool,
+        row_sharded: bool,
+    ) -> NormOutput:
+        """`all_reduce_rms_norm` as an operator of compiled code."""
+        ops = torch.ops.tpfuse
+        if quant is not None or row_sharded:
+            name, given = ("", None) if quant is None else (quant.name, quant.given)
+            results = ops.layer_boundary(
+                x, weight, residual, self.name, eps, weight_bias, name, given, keep_norm, row_sharded
+            )
+            return ordered(results, residual, quant, keep_norm)
+        if residual is None:
+            return NormOutput(ops.all_reduce_rms_norm(x, weight, self.name, eps, weight_bias), None, None, None)
+        y, r = ops.all_reduce_add_rms_norm(x, weight, residual, self.name, eps, weight_bias)
+        return NormOutput(y, r, None, None)
+
+    def shard_rows(self, x: Tensor) -> Tensor:
+        """This rank's rows of x `[..., H]`, as a new tensor `[own, H]`: row t belongs to rank t % W. Local.
+
+        It is how a residual stream enters residual_layout="row_sharded"; `gather_rows` is how it leaves.
+        """
+        if x.dim() == 0 or x.shape[-1] == 0:
+            raise InvalidArgument(f"shard_rows: x has shape {list(x.shape)}; needed: [..., width] with width > 0.")
+        return rows(x)[self.rank :: self.world].clone(memory_format=torch.contiguous_format)
+
+    def gather_rows(self, shard: Tensor, rows: int) -> Tensor:
+        """All `rows` rows `[rows, H]` of which each rank brings its own, `[own, H]`: an exact copy. Collective."""
+        if torch.compiler.is_compiling():
+            gathered: Tensor = torch.ops.tpfuse.gather_rows(shard, rows, self.name)
+            return gathered
+        checks.activation("gather_rows", "shard", shard, self.device, self.max_hidden)
+        width = shard.shape[-1]
+        checks.row_shard("gather_rows", "shard", shard, rows, width, self.rank, self.world)
+        call = Call("gather_rows", rows, width, 0, shard.dtype, None, 0.0, 0.0, 0.0)
+        if self._begin(call, route=collective.GATHER_ROWS) is None:
+            return empty(shard)
+        return self._collective.gather_rows(shard, rows)
+
+    def _begin(self, call: Call, unfit: str = "", route: Route | None = None) -> Collective | CudaBackend | None:
         """Announce a call, count it, and return who serves it; None: there are no rows to work on.
 
-        unfit: why the cuda backend can't take this call although the plan gives it the op.
+        unfit: why the cuda backend can't take this call although the plan gives it the op. route: of what has no plan.
         """
         self._check_usable()
         gpu = self.device.type == "cuda"
@@ -316,7 +370,8 @@ class Communicator:
                     "Call prepare() on every rank before."
                 )
             self.prepare()
-        route = self.plan.route(call.op, call.rows)
+        if route is None:
+            route = self.plan.route(call.op, call.rows)
         if unfit and route.backend == "cuda":
             route = self._fallback(call.op, unfit)
         counter = self._counter(route)
@@ -371,6 +426,23 @@ def rows(x: Tensor) -> Tensor:
 def empty(x: Tensor) -> Tensor:
     """A contiguous tensor like x, not filled: results are contiguous whatever the strides of the input are."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def boundary_outputs(x: Tensor, residual: Tensor | None, quant: Format | None, keep_norm: bool) -> NormOutput:
+    """What `all_reduce_rms_norm` returns, not filled."""
+    norm = empty(x) if quant is None or keep_norm else None
+    stream = None if residual is None else empty(residual)
+    return NormOutput(norm, stream, *((None, None) if quant is None else quant.empty(x)))
+
+
+def ordered(results: list[Tensor], residual: Tensor | None, quant: Format | None, keep_norm: bool) -> NormOutput:
+    """The results of the operator, which are those that are neither None nor given, as a NormOutput."""
+    there = iter(results)
+    norm = next(there) if quant is None or keep_norm else None
+    stream = None if residual is None else next(there)
+    if quant is None:
+        return NormOutput(norm, stream, None, None)
+    return NormOutput(norm, stream, next(there), next(there, quant.given))
 
 
 def pair(eps: float | tuple[float, float]) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tpfuse.communicator import Communicator
 from tpfuse.errors import InvalidArgument
+from tpfuse.quant import Format
 from tpfuse.reference import NormOutput
 from tpfuse.rope import Rope
 
@@ -113,7 +114,10 @@ class ShardedQKNorm(_ShardedWeight):
 
 
 class AllReduceRMSNorm(nn.Module):
-    """All-reduce of partial sums, residual add and RMSNorm. `weight` is the whole gamma `[H]` on every rank."""
+    """All-reduce of partial sums, residual add and RMSNorm. `weight` is the whole gamma `[H]` on every rank.
+
+    quant, keep_norm, residual_layout: as of `Communicator.all_reduce_rms_norm`.
+    """
 
     def __init__(
         self,
@@ -123,13 +127,24 @@ class AllReduceRMSNorm(nn.Module):
         eps: float = 1e-6,
         weight_bias: float = 0.0,
         dtype: torch.dtype | None = None,
+        quant: Format | None = None,
+        keep_norm: bool = False,
+        residual_layout: str = "replicated",
     ) -> None:
         super().__init__()
         self.comm, self.eps, self.weight_bias = comm, eps, weight_bias
+        self.quant, self.keep_norm, self.residual_layout = quant, keep_norm, residual_layout
         weight = torch.full((width,), 1.0 - weight_bias, dtype=dtype, device=comm.device)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> NormOutput:
         return self.comm.all_reduce_rms_norm(
-            x, self.weight, residual=residual, eps=self.eps, weight_bias=self.weight_bias
+            x,
+            self.weight,
+            residual=residual,
+            eps=self.eps,
+            weight_bias=self.weight_bias,
+            quant=self.quant,
+            keep_norm=self.keep_norm,
+            residual_layout=self.residual_layout,
         )

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tpfuse.communicator import by_name
+from tpfuse.communicator import boundary_outputs, by_name
+from tpfuse.quant import FORMATS
 from tpfuse.rope import Rope
 
 _LIBRARY = torch.library.Library("tpfuse", "DEF")  # lives as long as the process
@@ -72,6 +73,53 @@ def all_reduce_add_rms_norm(
     return y.norm, y.residual
 
 
+def layer_boundary(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    comm: str,
+    eps: float,
+    weight_bias: float,
+    quant: str,
+    given: Tensor | None,
+    keep_norm: bool,
+    row_sharded: bool,
+) -> list[Tensor]:
+    """`all_reduce_rms_norm` with everything that it can do. Returns what there is of norm, residual, quant and scale;
+    the scale of fp8_static, which is `given`, is not among them. quant: a key of FORMATS, or empty."""
+    y = by_name(comm).all_reduce_rms_norm(
+        x,
+        weight,
+        residual=residual,
+        eps=eps,
+        weight_bias=weight_bias,
+        quant=FORMATS[quant](given) if quant else None,
+        keep_norm=keep_norm,
+        residual_layout="row_sharded" if row_sharded else "replicated",
+    )
+    return [result for result in y if result is not None and result is not given]
+
+
+def _fake_layer_boundary(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    comm: str,
+    eps: float,
+    weight_bias: float,
+    quant: str,
+    given: Tensor | None,
+    keep_norm: bool,
+    row_sharded: bool,
+) -> list[Tensor]:
+    y = boundary_outputs(x, residual, FORMATS[quant](given) if quant else None, keep_norm)
+    return [result for result in y if result is not None and result is not given]
+
+
+def gather_rows(shard: Tensor, rows: int, comm: str) -> Tensor:
+    return by_name(comm).gather_rows(shard, rows)
+
+
 def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -107,6 +155,17 @@ _OPERATORS = (
         "float weight_bias=0.0) -> (Tensor, Tensor)",
         all_reduce_add_rms_norm,
         lambda x, weight, residual, *_, **__: (_like(x), _like(residual)),
+    ),
+    (
+        "layer_boundary(Tensor x, Tensor weight, Tensor? residual, str comm, float eps, float weight_bias, str quant, "
+        "Tensor? given, bool keep_norm, bool row_sharded) -> Tensor[]",
+        layer_boundary,
+        _fake_layer_boundary,
+    ),
+    (
+        "gather_rows(Tensor shard, SymInt rows, str comm) -> Tensor",
+        gather_rows,
+        lambda shard, rows, *_, **__: torch.empty((rows, shard.shape[1]), dtype=shard.dtype, device=shard.device),
     ),
 )
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 OPS = ("rms_norm", "qk_rms_norm", "all_reduce", "all_reduce_rms_norm")
 MODES = ("off", "control", "fused")
+ANY = "any"  # the mode of what is the same in all of them
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ class Plan:
 
 
 def combined_mode(modes: Iterable[str]) -> str:
-    """The one mode of all parts, `mixed` where they differ, `none` where there are none."""
-    found = set(modes)
+    """The one mode of all parts, `mixed` where they differ, `none` where there are none. What is the same in every
+    mode is ANY, and does not count."""
+    found = set(modes) - {ANY}
     return found.pop() if len(found) == 1 else "mixed" if found else "none"
 
 

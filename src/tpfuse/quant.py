@@ -113,10 +113,14 @@ class Format(ABC):
 
     def decode(self, quant: Tensor, scale: Tensor) -> Tensor:
         """fp32 `[..., H]`: what the bytes stand for."""
-        values = self._widen(quant)
-        groups = values.unflatten(-1, (-1, self.group or values.shape[-1]))
-        product: Tensor = groups * self._factors(self._row_major(scale, values)).unsqueeze(-1)
-        return product.flatten(-2)
+        elements, factors = self.unpack(quant, scale)
+        groups: Tensor = elements.unflatten(-1, (factors.shape[-1], -1)) * factors.unsqueeze(-1)
+        return groups.flatten(-2)
+
+    def unpack(self, quant: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32: the elements `[..., H]` before they are scaled, and the factor of each group, `[..., groups]`."""
+        elements = self._widen(quant)
+        return elements, self._factors(self._row_major(scale, elements))
 
     @abstractmethod
     def _scales(self, amax: Tensor) -> tuple[Tensor, Tensor]:

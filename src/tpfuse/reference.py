@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tpfuse.quant import Format
 from tpfuse.rope import Rope, rotate
 
 VECTOR = 8  # elements that one lane sums
@@ -129,16 +130,34 @@ def all_reduce_rms_norm(
     residual: Tensor | None = None,
     eps: float = 1e-6,
     weight_bias: float = 0.0,
+    quant: Format | None = None,
+    keep_norm: bool = False,
 ) -> NormOutput:
     """All-reduce, residual add and RMSNorm; the same on every rank.
 
     xs: partial sums `[..., H]` of each rank; weight `[H]`; residual `[..., H]` of any float dtype, or None.
     With `s` the ROUNDED sum: `r = s + residual` in fp32, `residual_out = round(r)`, and the norm is taken of the
-    UNROUNDED r.
+    UNROUNDED r. quant: a format, that quantises the ROUNDED norm.
     """
     r = all_reduce(xs).float()
     if residual is not None:
         r = r + residual.float()
     inverse = inverse_rms(sum_of_squares(r), r.shape[-1], eps)
     norm = apply_norm(r, inverse, weight, weight_bias).to(xs[0].dtype)
-    return NormOutput(norm, None if residual is None else r.to(residual.dtype), None, None)
+    new = None if residual is None else r.to(residual.dtype)
+    if quant is None:
+        return NormOutput(norm, new, None, None)
+    return NormOutput(norm if keep_norm else None, new, *quant.encode(norm))
+
+
+def shard_rows(x: Tensor, world: int) -> list[Tensor]:
+    """Rank r's rows r, r + W, r + 2W and so on of `[..., H]`: what a row-sharded residual is."""
+    return [x.reshape(-1, x.shape[-1])[rank::world] for rank in range(world)]
+
+
+def gather_rows(shards: Sequence[Tensor], rows: int) -> Tensor:
+    """The inverse of `shard_rows`. With a row-sharded residual the operations are those of the gathered one."""
+    whole = shards[0].new_empty(rows, shards[0].shape[-1])
+    for rank, shard in enumerate(shards):
+        whole[rank :: len(shards)] = shard
+    return whole

@@ -13,6 +13,9 @@ Design record
   where a plain implementation takes 38. Hence operands of mixed dtypes, which torch widens inside the kernel; `out=`
   of the final dtype, which rounds there; and q's and k's statistics as two columns of one tensor, with constants that
   are made once. Now 10, the exchange included (not measured yet).
+- A row-sharded residual saves nothing here: the whole sum is reduced, each rank norms its own rows and gathers the
+  others'. So the result has the bits of the replicated path. A reduce-scatter would move half of the sum's bytes, but
+  adds in an order of its own, or needs the two exchanges of large sums.
 - Mode `off` keeps the path that MiniMax-M2 started from: gather whole rows, norm them, keep the own slice.
 - Gloo aborts the whole process when ranks bring different sizes. So on Gloo a fixed-size signature of the call is
   exchanged first; a difference is then an error on every rank, at once. It costs one small all-gather a call, on a
@@ -40,14 +43,18 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]
 
 from tpfuse.errors import CommunicatorClosed, RankMismatch, TpfuseError
-from tpfuse.plan import OPS, Counter, Facts, Route
+from tpfuse.plan import ANY, OPS, Counter, Facts, Route
+from tpfuse.quant import FORMATS
 from tpfuse.rope import Rope, rotate
 
 # torch 2.13 renamed it and warns about the old name.
 _all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 LARGE = 2 << 20  # bytes of a 16-bit tensor; the crossing point is estimated, not yet measured
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SIGNATURE = struct.Struct("qqqqqq3d")
+_SIGNATURE = struct.Struct("9q3d")
+NAMES = (*OPS, "gather_rows")  # what is announced
+GATHER_ROWS = Route("gather_rows", None, "collective", "all-gather", ANY, "")  # not in plans: there is no other way
+_QUANT = ("", *FORMATS)
 
 
 class Call(NamedTuple):
@@ -62,22 +69,31 @@ class Call(NamedTuple):
     eps: float
     eps2: float
     weight_bias: float
+    quant: str = ""  # the name of the format
+    keep_norm: bool = False
+    row_sharded: bool = False
 
     def pack(self) -> bytes:
         residual = -1 if self.residual is None else DTYPE_CODES[self.residual]
-        codes = (OPS.index(self.op), self.rows, self.width, self.width2, DTYPE_CODES[self.dtype], residual)
-        return _SIGNATURE.pack(*codes, self.eps, self.eps2, self.weight_bias)
+        codes = (NAMES.index(self.op), self.rows, self.width, self.width2, DTYPE_CODES[self.dtype], residual)
+        outputs = (_QUANT.index(self.quant), self.keep_norm, self.row_sharded)
+        return _SIGNATURE.pack(*codes, *outputs, self.eps, self.eps2, self.weight_bias)
 
     @staticmethod
     def unpack(data: bytes) -> Call:
-        op, rows, width, width2, dtype, residual, *floats = _SIGNATURE.unpack(data)
-        dtypes = list(DTYPE_CODES)
-        return Call(OPS[op], rows, width, width2, dtypes[dtype], None if residual < 0 else dtypes[residual], *floats)
+        op, rows, width, width2, dtype, residual, quant, keep, sharded, eps, eps2, bias = _SIGNATURE.unpack(data)
+        dtypes = [*DTYPE_CODES, None]  # -1: no residual
+        x_dtype = dtypes[dtype]
+        assert x_dtype is not None
+        shape = (NAMES[op], rows, width, width2, x_dtype, dtypes[residual])
+        return Call(*shape, eps, eps2, bias, _QUANT[quant], bool(keep), bool(sharded))
 
     def __str__(self) -> str:
         width = f"{self.width}+{self.width2}" if self.width2 else f"{self.width}"
         residual = "" if self.residual is None else f", residual {short(self.residual)}"
-        return f"{self.op}({self.rows} rows x {width}, {short(self.dtype)}{residual})"
+        residual += " row-sharded" if self.row_sharded else ""
+        quant = f", {self.quant}" if self.quant else ""
+        return f"{self.op}({self.rows} rows x {width}, {short(self.dtype)}{residual}{quant})"
 
 
 def short(dtype: torch.dtype) -> str:
@@ -191,16 +207,45 @@ class Collective:
         return total.to(x.dtype)
 
     @torch.no_grad()
+    def gather_rows(self, shard: Tensor, count: int) -> Tensor:
+        """All `count` rows, of which this rank has `shard`: row t belongs to rank t % W."""
+        most = -(-count // self.world)
+        sent = torch.nn.functional.pad(shard, (0, 0, 0, most - shard.shape[0])).contiguous()
+        every = torch.empty(self.world * most, shard.shape[1], dtype=shard.dtype, device=shard.device)
+        if self.world == 1:
+            return every.copy_(sent)
+        self._run(sent, lambda: _all_gather(every, sent, group=self.group, async_op=True))
+        return every.view(self.world, most, -1).transpose(0, 1).flatten(0, 1)[:count]
+
+    @torch.no_grad()
     def all_reduce_rms_norm(
-        self, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, weight_bias: float
+        self,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        eps: float,
+        weight_bias: float,
+        row_sharded: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        r = self.all_reduce(x)
+        """The norm of all rows, and the new residual: of all rows, or of this rank's where it is row-sharded."""
+        total = self.all_reduce(x)
+        if not row_sharded:
+            return self._add_norm(total, weight, residual, eps, weight_bias)
+        own = total[self.group.rank() :: self.world]
+        norm, new = self._add_norm(own, weight, residual, eps, weight_bias)
+        return self.gather_rows(norm, x.shape[0]), new
+
+    def _add_norm(
+        self, total: Tensor, weight: Tensor, residual: Tensor | None, eps: float, weight_bias: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Norm and new residual of rounded sums."""
+        r = total
         if residual is None or residual.dtype != torch.float32:
             r = r.float()
         if residual is not None:
             r = torch.add(r, residual)
         norm = torch.nn.functional.rms_norm(r, (r.shape[-1],), self._gamma(weight, weight_bias).float(), eps)
-        return norm.to(x.dtype), None if residual is None else r.to(residual.dtype)
+        return norm.to(total.dtype), None if residual is None else r.to(residual.dtype)
 
     def _inverse_rms(self, xs: Sequence[Tensor], eps: tuple[float, ...]) -> Tensor:
         """fp32 `[T, len(xs)]`: of each x the inverse root mean squares of its whole rows, as a column."""
