@@ -32,7 +32,7 @@ COMMON = {
     "eos_token_id": None,
 }
 # Boundaries behind a mixer in a forward, and norms of q and k over the ranks.
-BOUNDARIES = {"llama": 6, "llama, few KV heads": 6, "qwen3": 6, "minimax-m2": 6, "minimax-m2, few KV heads": 6}
+BOUNDARIES = {"llama": 6, "llama, few KV heads": 6, "qwen3": 6, "minimax-m2": 6, "minimax-m2, few KV heads": 6, "minimax-m3": 6, "minimax-m3, few KV heads": 6}
 QK_NORMS = {"minimax-m2": 3, "minimax-m2, few KV heads": 3}
 MOE = {
     "intermediate_size": 32,
@@ -40,12 +40,25 @@ MOE = {
     "num_experts_per_tok": 3,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
 }
+M3 = {  # blocks of 4 keys of which a query sees 2 and its own, so that the indexer matters from the prompt on
+    "dense_intermediate_size": 64,
+    "shared_intermediate_size": 32,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+    "index_n_heads": 4,
+    "index_head_dim": 8,
+    "index_block_size": 4,
+    "index_topk_blocks": 2,
+    "rotary_dim": 4,
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"intermediate_size": 64, "attention_bias": True, "mlp_bias": True}),
     "llama, few KV heads": ("LlamaConfig", {"intermediate_size": 64, "num_key_value_heads": 2}),
     "qwen3": ("Qwen3Config", {"intermediate_size": 64, "tie_word_embeddings": True}),
     "minimax-m2": ("MiniMaxM2Config", MOE),
     "minimax-m2, few KV heads": ("MiniMaxM2Config", {**MOE, "num_key_value_heads": 2}),
+    "minimax-m3": ("MiniMaxM3VLTextConfig", {**MOE, **M3}),
+    "minimax-m3, few KV heads": ("MiniMaxM3VLTextConfig", {**MOE, **M3, "num_key_value_heads": 2, "index_n_heads": 2}),
 }
 
 
@@ -74,7 +87,7 @@ def randomise(model: torch.nn.Module) -> None:
             continue
         noise = torch.randn(tensor.shape, generator=generator)
         scale = 0.1 if tensor.dim() < 2 else 0.7 / tensor.shape[-1] ** 0.5
-        tensor.data.copy_(noise * scale + (1.0 if "norm" in name else 0.0))
+        tensor.data.copy_(noise * scale + (1.0 if "norm" in name and "M3" not in type(model).__name__ else 0.0))
 
 
 def load(path: Path, mode: str, world: int, **distributed: Any) -> Any:

@@ -5,4 +5,4 @@ from __future__ import annotations
 from tpfuse.integrations.transformers.architecture import Architecture
 from tpfuse.integrations.transformers.architectures import llama, minimax
 
-ARCHITECTURES: dict[str, Architecture] = {known.base: known for known in (llama.LLAMA, llama.QWEN3, minimax.MINIMAX_M2)}
+ARCHITECTURES: dict[str, Architecture] = {known.base: known for known in (llama.LLAMA, llama.QWEN3, minimax.MINIMAX_M2, minimax.MINIMAX_M3)}

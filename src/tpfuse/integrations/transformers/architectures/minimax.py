@@ -1,16 +1,22 @@
-"""MiniMax-M2. Attention is divided by heads, KV cache included; its norms of q and k span all heads, so they exchange
-the sums of squares, both in one collective, and rotate the normed rows in the same operation. Experts stay as the stock
-plan has them: divided each, or over the ranks.
+"""MiniMax-M2 and the text model of MiniMax-M3. Attention is divided by heads, KV cache included. Experts stay as the
+stock plan has them: divided each, or over the ranks.
+
+M2's norms of q and k span all heads, so they exchange the sums of squares, both in one collective, and rotate the
+normed rows in the same operation. M3's are per head. Its indexer has one head for each KV head, and chooses the keys
+that the query heads of that KV head see: so the heads of the indexer, and the mask that it makes, go with the KV heads.
 """
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tpfuse.communicator import Communicator
+from tpfuse.errors import Unsupported
 from tpfuse.integrations.transformers.architecture import (
     Architecture,
     Config,
@@ -18,6 +24,7 @@ from tpfuse.integrations.transformers.architecture import (
     Module,
     attention,
     columns,
+    heads_of,
     local_groups,
     rows,
 )
@@ -97,4 +104,38 @@ MINIMAX_M2 = Architecture(
     local={"layers.*.self_attn": local_groups},
     expert_local={"layers.*.mlp.experts": local_experts},
     forwards={"rotary_emb": rotary, "layers.*.self_attn": normed_attention},
+)
+
+
+def local_indexer(config: Config, world: int) -> dict[str, Any]:
+    """`local` of M3's indexer: its heads, and the configuration from which it reads how many query heads they serve."""
+    mine = copy(config)
+    mine.num_attention_heads, heads = heads_of(config, world)
+    return {"num_heads": heads, "config": mine}
+
+
+def check_indexer(config: Config, world: int) -> None:
+    if config.index_n_heads != config.num_key_value_heads:
+        raise Unsupported(
+            f"MiniMax-M3 with {config.index_n_heads} index heads and {config.num_key_value_heads} KV heads; "
+            "supported: as many index heads as KV heads, because they are divided together."
+        )
+
+
+DENSE_MLP = {"gate_up_proj": columns(packed=2), "down_proj": rows()}
+
+MINIMAX_M3 = replace(
+    MINIMAX_M2,
+    base="MiniMaxM3VLTextModel",
+    shards={
+        **attention("layers.*.self_attn"),
+        "layers.*.self_attn.indexer.q_proj": columns("index_n_heads", copies=True),
+        **{f"layers.*.mlp.{name}": rule for name, rule in DENSE_MLP.items()},
+        **{f"layers.*.mlp.shared_experts.{name}": rule for name, rule in DENSE_MLP.items()},
+    },
+    local={"layers.*.self_attn": local_groups, "layers.*.self_attn.indexer": local_indexer},
+    forwards={},
+    check=check_indexer,
+    norm_eps="eps",
+    norm_bias=1.0,
 )
