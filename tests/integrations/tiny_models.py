@@ -32,7 +32,17 @@ COMMON = {
     "eos_token_id": None,
 }
 # Boundaries behind a mixer in a forward, and norms of q and k over the ranks.
-BOUNDARIES = {"llama": 6, "llama, few KV heads": 6, "qwen3": 6, "minimax-m2": 6, "minimax-m2, few KV heads": 6, "minimax-m3": 6, "minimax-m3, few KV heads": 6}
+BOUNDARIES = {
+    "llama": 6,
+    "llama, few KV heads": 6,
+    "qwen3": 6,
+    "minimax-m2": 6,
+    "minimax-m2, few KV heads": 6,
+    "minimax-m3": 6,
+    "minimax-m3, few KV heads": 6,
+    "nemotron-h": 6,
+    "nemotron-h, latent experts": 6,
+}
 QK_NORMS = {"minimax-m2": 3, "minimax-m2, few KV heads": 3}
 MOE = {
     "intermediate_size": 32,
@@ -51,6 +61,21 @@ M3 = {  # blocks of 4 keys of which a query sees 2 and its own, so that the inde
     "index_topk_blocks": 2,
     "rotary_dim": 4,
 }
+NEMOTRON_H = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "moe"],
+    "intermediate_size": 64,
+    "mlp_bias": True,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 4,
+    "ssm_state_size": 8,
+    "chunk_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "num_logits_to_keep": 0,
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"intermediate_size": 64, "attention_bias": True, "mlp_bias": True}),
     "llama, few KV heads": ("LlamaConfig", {"intermediate_size": 64, "num_key_value_heads": 2}),
@@ -59,6 +84,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax-m2, few KV heads": ("MiniMaxM2Config", {**MOE, "num_key_value_heads": 2}),
     "minimax-m3": ("MiniMaxM3VLTextConfig", {**MOE, **M3}),
     "minimax-m3, few KV heads": ("MiniMaxM3VLTextConfig", {**MOE, **M3, "num_key_value_heads": 2, "index_n_heads": 2}),
+    "nemotron-h": ("NemotronHConfig", NEMOTRON_H),
+    "nemotron-h, latent experts": ("NemotronHConfig", {**NEMOTRON_H, "moe_latent_size": 16, "use_bias": True}),
 }
 
 

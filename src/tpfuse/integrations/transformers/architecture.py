@@ -19,6 +19,7 @@ from tpfuse.integrations.transformers.split import Segment, Split
 Config = Any  # a transformers configuration
 Forward = Callable[..., Any]
 Module = Any  # a module of transformers: its fields are not tpfuse's to type
+Local = Callable[[Module, Config, int], Mapping[str, Any]]
 MakeForward = Callable[[Module, Communicator], Forward]
 
 
@@ -84,8 +85,8 @@ class Architecture:
     shards: Mapping[str, Rule]
     tensor_experts: Mapping[str, Rule] = field(default_factory=dict)
     expert_parallel: Mapping[str, Rule] = field(default_factory=dict)
-    local: Mapping[str, Callable[[Config, int], Mapping[str, Any]]] = field(default_factory=dict)
-    expert_local: Mapping[str, Callable[[Config, int], Mapping[str, Any]]] = field(default_factory=dict)
+    local: Mapping[str, Local] = field(default_factory=dict)
+    expert_local: Mapping[str, Local] = field(default_factory=dict)
     forwards: Mapping[str, MakeForward] = field(default_factory=dict)
     check: Callable[[Config, int], None] = lambda config, world: None
     layers: str = "layers"
@@ -96,7 +97,7 @@ class Architecture:
     def rules(self, expert_parallel: bool) -> Mapping[str, Rule]:
         return {**self.shards, **(self.expert_parallel if expert_parallel else self.tensor_experts)}
 
-    def locals(self, expert_parallel: bool) -> Mapping[str, Callable[[Config, int], Mapping[str, Any]]]:
+    def locals(self, expert_parallel: bool) -> Mapping[str, Local]:
         return {**self.local, **(self.expert_local if expert_parallel else {})}
 
     def is_mixer(self, name: str) -> bool:
@@ -114,7 +115,7 @@ def heads_of(config: Config, world: int) -> tuple[int, int]:
     return config.num_attention_heads // world, max(1, config.num_key_value_heads // world)
 
 
-def local_groups(config: Config, world: int) -> dict[str, int]:
+def local_groups(module: Module, config: Config, world: int) -> dict[str, int]:
     """`local` of an attention: how many of its rank's query heads share a KV head."""
     query, kv = heads_of(config, world)
     return {"num_key_value_groups": query // kv}

@@ -207,7 +207,7 @@ def _give_forwards(
     local = architecture.locals(expert_parallel)
     for name, module in base.named_modules():
         pattern = pattern_of(name)
-        for attribute, value in local[pattern](base.config, place.world).items() if pattern in local else ():
+        for attribute, value in local[pattern](module, base.config, place.world).items() if pattern in local else ():
             setattr(module, attribute, value)
         if pattern in architecture.forwards:
             module.forward = architecture.forwards[pattern](module, deferral.comm)

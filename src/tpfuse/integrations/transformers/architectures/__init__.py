@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from tpfuse.integrations.transformers.architecture import Architecture
-from tpfuse.integrations.transformers.architectures import llama, minimax
+from tpfuse.integrations.transformers.architectures import llama, minimax, nemotron_h
 
-ARCHITECTURES: dict[str, Architecture] = {known.base: known for known in (llama.LLAMA, llama.QWEN3, minimax.MINIMAX_M2, minimax.MINIMAX_M3)}
+ARCHITECTURES: dict[str, Architecture] = {
+    known.base: known
+    for known in (llama.LLAMA, llama.QWEN3, minimax.MINIMAX_M2, minimax.MINIMAX_M3, nemotron_h.NEMOTRON_H)
+}

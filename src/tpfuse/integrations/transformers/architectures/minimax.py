@@ -84,7 +84,7 @@ def normed_attention(module: Module, comm: Communicator) -> Forward:
     return forward
 
 
-def local_experts(config: Config, world: int) -> dict[str, int]:
+def local_experts(module: Module, config: Config, world: int) -> dict[str, int]:
     """`expert_local` of the experts: how many of them a rank has."""
     return {"num_experts": config.num_local_experts // world}
 
@@ -107,7 +107,7 @@ MINIMAX_M2 = Architecture(
 )
 
 
-def local_indexer(config: Config, world: int) -> dict[str, Any]:
+def local_indexer(module: Module, config: Config, world: int) -> dict[str, Any]:
     """`local` of M3's indexer: its heads, and the configuration from which it reads how many query heads they serve."""
     mine = copy(config)
     mine.num_attention_heads, heads = heads_of(config, world)
