@@ -22,6 +22,7 @@ from tpfuse.agreement import Board, agree, diagnose
 from tpfuse.backends import collective
 from tpfuse.backends.collective import Call, Collective
 from tpfuse.backends.cuda import backend as cuda_backend
+from tpfuse.backends.cuda.all_reduce import why_not as why_not_reduce
 from tpfuse.backends.cuda.backend import CudaBackend
 from tpfuse.backends.cuda.sharded_norm import why_not
 from tpfuse.backends.cuda.workspace import availability
@@ -255,9 +256,14 @@ class Communicator:
         if out is not None:
             checks.output("all_reduce", out, x)
         call = Call("all_reduce", count_rows(x), x.shape[-1], 0, x.dtype, None, 0.0, 0.0, 0.0)
-        if self._begin(call) is None:
+        backend = self._begin(call, why_not_reduce(call.width))
+        if backend is None:
             return empty(x) if out is None else out
-        return given(self._collective.all_reduce(rows(x)), x, out)
+        if isinstance(backend, Collective):
+            return given(backend.all_reduce(rows(x)), x, out)
+        y = empty(x) if out is None else out
+        backend.all_reduce(rows(x), rows(y))
+        return y
 
     def all_reduce_rms_norm(
         self,
@@ -297,11 +303,14 @@ class Communicator:
             op, count, width, 0, x.dtype, None if residual is None else residual.dtype, eps, eps, weight_bias,
             "" if quant is None else quant.name, keep_norm, row_sharded,
         )  # fmt: skip
-        backend = self._begin(call)
-        if backend is None:
-            return boundary_outputs(x, residual, quant, keep_norm)
+        backend = self._begin(call, why_not_reduce(width))
         stream = None if residual is None else rows(residual)
-        norm, new = self._collective.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias, row_sharded)
+        if not isinstance(backend, Collective):
+            outputs = boundary_outputs(x, residual, quant, keep_norm)
+            if backend is not None:
+                backend.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias, quant, call, outputs)
+            return outputs
+        norm, new = backend.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias, row_sharded)
         norm = norm.view(x.shape)
         if residual is not None and new is not None:
             new = new.view(residual.shape)
@@ -372,8 +381,8 @@ class Communicator:
             self.prepare()
         if route is None:
             route = self.plan.route(call.op, call.rows)
-        if unfit and route.backend == "cuda":
-            route = self._fallback(call.op, unfit)
+        if self._cuda is not None and route.backend == "cuda":
+            route = self._fallback(call.op, unfit) if unfit else self._cuda.refine(route, call)
         counter = self._counter(route)
         counter.calls += 1
         counter.rows += call.rows
@@ -471,13 +480,10 @@ def why_not_cuda(facts: Facts) -> str | None:
 
 
 def plan_routes(facts: Facts, reason: str) -> tuple[Route, ...]:
-    """A route for every op: cuda's where there are kernels for it and `reason` doesn't speak against them."""
-    served = {} if reason else cuda_backend.routes()
-    without = reason or "backend cuda has no kernel for this op yet"
-    return tuple(
-        served.get(route.op) or replace(route, reason=without if facts.mode == "fused" else "")
-        for route in collective.routes(facts)
-    )
+    """The routes of every op: cuda's, unless `reason` speaks against them."""
+    if not reason:
+        return cuda_backend.routes(facts.world)
+    return tuple(replace(route, reason=reason if facts.mode == "fused" else "") for route in collective.routes(facts))
 
 
 def _resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -15,8 +15,7 @@ from rich.table import Table
 
 from tpfuse import __version__
 from tpfuse.backends.cuda import missing
-from tpfuse.backends.cuda.backend import SERVED
-from tpfuse.backends.cuda.sharded_norm import workspace_bytes
+from tpfuse.backends.cuda.backend import WORKSPACE_BYTES
 from tpfuse.backends.cuda.workspace import MAX_WORLD
 
 
@@ -122,8 +121,8 @@ def _backends() -> tuple[BackendState, ...]:
     transports = [name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", _nccl())) if there]
     detail = f"through {' and '.join(transports)}: all ops, any number of ranks, across nodes"
     reason = _why_not_cuda()
-    served = f"{' and '.join(SERVED)} in own kernels, for 2 to {MAX_WORLD} of these GPUs"
-    held = f"{workspace_bytes() / 2**20:.1f} MiB of workspace a group and GPU"
+    served = f"all ops in own kernels, for 2 to {MAX_WORLD} of these GPUs"
+    held = f"{WORKSPACE_BYTES / 2**20:.1f} MiB of workspace a group and GPU"
     return (
         BackendState("cuda", reason is None, reason or f"{served}; {held}"),
         BackendState("collective", bool(transports), detail),

@@ -202,6 +202,43 @@ TPF_DEVICE void barrier(u32 id, u32 threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// A cluster: neighbouring blocks that run at the same time and reach each other's shared memory (sm_90 and later).
+// `gates` are counters of words that are to come into this block's shared memory; every thread of every block calls
+// `cluster_open` before any word is sent, and `bytes` is what each of `count` gates waits for. Nothing else is ordered
+// by these, which is why they are fast: a barrier of the cluster would first wait for all stores, those to peers included.
+#if __CUDA_ARCH__ >= 900
+TPF_DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+TPF_DEVICE void cluster_open(u64* gates, u32 count, u32 bytes) {
+  if (thread_index() == 0) {
+    for (u32 i = 0; i < count; ++i) {
+      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(gates + i)) : "memory");
+      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(gates + i)), "r"(bytes)
+                   : "memory");
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// Into the same variable of the cluster's block `to`, counted there.
+TPF_DEVICE void cluster_post(u32* variable, u32 word, u64* gate, u32 to) {
+  asm volatile(
+      "{ .reg .b32 there, its_gate; mapa.shared::cluster.u32 there, %0, %3; mapa.shared::cluster.u32 its_gate, %2, %3; "
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [its_gate]; }" ::"r"(
+          shared_address(variable)),
+      "r"(word), "r"(shared_address(gate)), "r"(to)
+      : "memory");
+}
+// Whether all words have come; waits a moment for them.
+TPF_DEVICE bool cluster_arrived(u64* gate) {
+  u32 done;
+  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done)
+               : "r"(shared_address(gate))
+               : "memory");
+  return done != 0;
+}
+#endif
+
 // Programmatic dependent launch exists from sm_90 on; below, grids are serial and both are nothing.
 TPF_DEVICE void dependency_wait() {
 #if __CUDA_ARCH__ >= 900

@@ -13,24 +13,36 @@ from torch import Tensor
 
 from tpfuse.agreement import Board
 from tpfuse.backends.collective import Call
-from tpfuse.backends.cuda import sharded_norm
+from tpfuse.backends.cuda import all_reduce, sharded_norm
+from tpfuse.backends.cuda.all_reduce import ONE_SHOT_ROWS, AllReduce
 from tpfuse.backends.cuda.sharded_norm import ShardedNorm
 from tpfuse.backends.cuda.workspace import Workspace
 from tpfuse.errors import TpfuseError
 from tpfuse.plan import Counter, Route
+from tpfuse.quant import Format
+from tpfuse.reference import NormOutput
 from tpfuse.rope import Rope
 
-SERVED = ("rms_norm", "qk_rms_norm")
-LINK_BYTES = {"rms_norm": 16, "qk_rms_norm": 16}  # of a row's packet to one peer
+WORKSPACE_BYTES = sharded_norm.workspace_bytes() + all_reduce.WORKSPACE_BYTES  # on each GPU, for a group
+PACKET = 16  # bytes of a row's sums of squares, to one peer
+# The owner of a row norms it, and what is gathered is the norm: other rows of the plan don't say so.
+EARLY = Route("all_reduce_rms_norm", None, "cuda", "two-shot push, norm before gather", "fused", "")
 
 
-def routes() -> dict[str, Route]:
-    """How this backend serves the ops that it has kernels for."""
-    return {op: Route(op, None, "cuda", "push of sums", "fused", "") for op in SERVED}
+def routes(world: int) -> tuple[Route, ...]:
+    """How this backend serves the ops, in groups of this size."""
+    one, two = "one-shot push", "two-shot push"
+    norms = (Route(op, None, "cuda", "push of sums", "fused", "") for op in sharded_norm.OPS)
+    reductions = (
+        Route(op, rows, "cuda", algorithm, "fused", "")
+        for op in all_reduce.OPS
+        for rows, algorithm in ((ONE_SHOT_ROWS[world], one), (None, two))
+    )
+    return (*norms, *reductions)
 
 
 class CudaBackend:
-    """Serves the ops of SERVED. Tensors come checked, as `[T, n]` with T > 0. Raises what `fail` makes of an error."""
+    """Serves all ops. Tensors come checked, as `[T, n]` with T > 0. Raises what `fail` makes of an error."""
 
     def __init__(
         self,
@@ -41,36 +53,54 @@ class CudaBackend:
     ) -> None:
         assert device.index is not None
         self._index, self._world, self._fail = device.index, board.world, fail
-        self._space = Workspace(board, device.index, sharded_norm.workspace_bytes(), timeout)
+        self._spaces: list[Workspace] = []
         try:
-            self._norm = ShardedNorm(device, board.rank, board.world, self._space, timeout)
+            norms = Workspace(board, device.index, sharded_norm.workspace_bytes(), timeout)
+            self._spaces.append(norms)
+            sums = Workspace(
+                board, device.index, all_reduce.WORKSPACE_BYTES, timeout,
+                fills=all_reduce.fills(), topic="cuda/all_reduce",
+            )  # fmt: skip
+            self._spaces.append(sums)
+            self._norm = ShardedNorm(device, board.rank, board.world, norms, timeout)
+            self._reduce = AllReduce(device, board.rank, board.world, sums, timeout)
         except TpfuseError:
-            self._space.close()
+            self.close()
             raise
         self._stream: int | None = None  # of the last call that was not captured
         self._current: tuple[int, Call] | None = None
 
     @property
     def workspace_bytes(self) -> int:
-        return self._space.size
+        return WORKSPACE_BYTES
 
     def close(self) -> None:
-        self._space.close()
+        for space in self._spaces:
+            space.close()
+
+    def refine(self, route: Route, call: Call) -> Route:
+        """The plan's route of a call, or the one that its arguments ask for."""
+        return EARLY if call.op == EARLY.op and self._early(call) else route
+
+    def _early(self, call: Call) -> bool:
+        residual, quant = call.residual is not None, bool(call.quant)
+        return all_reduce.goes_early(call.rows, self._world, call.row_sharded, residual, quant, call.keep_norm)
 
     def begin(self, number: int, call: Call, counter: Counter) -> None:
         """Announce a call."""
         self._current = (number, call)
-        counter.bytes += call.rows * (self._world - 1) * LINK_BYTES[call.op]
+        counter.bytes += link_bytes(call, counter.route, self._world)
 
     def check(self) -> None:
         """Raise if a kernel gave up waiting for a peer."""
-        record = self._space.read_error()
-        if record is not None and self._current is not None:
-            cause = (
-                f"a kernel gave up after {record.waited_ns / 1e9:.3g} s: rank {record.peer} did not send step "
-                f"{record.step} of block {record.block}"
-            )
-            raise self._fail(*self._current, cause)
+        for space, unit in zip(self._spaces, ("step", "row"), strict=True):
+            record = space.read_error()
+            if record is not None and self._current is not None:
+                cause = (
+                    f"a kernel gave up after {record.waited_ns / 1e9:.3g} s: rank {record.peer} did not send {unit} "
+                    f"{record.step} of block {record.block}"
+                )
+                raise self._fail(*self._current, cause)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, weight_bias: float, out: Tensor) -> None:
         self._norm((x,), (weight,), (out,), (eps,), weight_bias, self._current_stream())
@@ -90,6 +120,27 @@ class CudaBackend:
         weights, eps = (q_weight, k_weight), (q_eps, k_eps)
         self._norm((q, k), weights, out, eps, weight_bias, self._current_stream(), rope)
 
+    def all_reduce(self, x: Tensor, out: Tensor) -> None:
+        self._reduce.all_reduce(x, out, self._current_stream())
+
+    def all_reduce_rms_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        eps: float,
+        weight_bias: float,
+        quant: Format | None,
+        call: Call,
+        out: NormOutput,
+    ) -> None:
+        """Fills `out`."""
+        early, new = self._early(call), None if residual is None else out.residual
+        self._reduce.all_reduce_rms_norm(
+            x, weight, residual, new, out.norm, quant, out.quant, out.scale, eps, weight_bias, early,
+            self._current_stream(),
+        )  # fmt: skip
+
     def _current_stream(self) -> int:
         """The handle of the current stream. All calls share one workspace, so a new stream waits for the last one;
         replays of a graph are the caller's to order."""
@@ -100,3 +151,16 @@ class CudaBackend:
                 torch.cuda.current_stream(self._index).wait_stream(last)
             self._stream = handle
         return handle
+
+
+def link_bytes(call: Call, route: Route, world: int) -> int:
+    """What a rank sends to its peers in a call, of rows that are spread evenly over their owners."""
+    if call.op in sharded_norm.OPS:
+        return call.rows * (world - 1) * PACKET
+    row = call.width * call.dtype.itemsize
+    if route.algorithm == "one-shot push":
+        return call.rows * (world - 1) * row
+    back = row
+    if route is EARLY and call.quant and not call.keep_norm:
+        back = call.width // 2 if call.quant.startswith("nvfp4") else call.width
+    return call.rows * (world - 1) * (row + back) // world

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from ctypes import c_char, c_int, c_uint, c_void_p
+from ctypes import c_char, c_uint, c_void_p
 from functools import cache
 from typing import Any
 
@@ -33,14 +33,14 @@ from tpfuse.backends.cuda import attribute, describe
 from tpfuse.backends.cuda.compile import Function
 from tpfuse.errors import InvalidArgument, TpfuseError, Unsupported
 
-PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+PROGRAMMATIC_STREAM_SERIALIZATION, CLUSTER_DIMENSION = 6, 4  # CUlaunchAttributeID
 SHARED_BYTES = 48 * 1024  # dynamic shared memory that a kernel has without asking
 
 
 class LaunchAttribute(ctypes.Structure):
-    """CUlaunchAttribute; of the union of 64 bytes only the int is used."""
+    """CUlaunchAttribute; of the union of 64 bytes three ints are used at most."""
 
-    _fields_ = (("id", c_uint), ("pad", c_uint), ("value", c_int), ("rest", c_char * 60))
+    _fields_ = (("id", c_uint), ("pad", c_uint), ("value", c_uint * 3), ("rest", c_char * 52))
 
 
 class LaunchConfig(ctypes.Structure):
@@ -56,6 +56,8 @@ class LaunchConfig(ctypes.Structure):
 class Launcher:
     """Launches one kernel on one device, with a fixed block: `launcher(grid, stream, *values)`.
 
+    cluster: blocks of a cluster, of which grids must be multiples. pdl: start before the kernel before it has ended.
+
     The kernel's device must be the current one. `stream`: the handle, e.g. torch's `stream.cuda_stream`; 0: the
     default stream. Raises TpfuseError with CUDA's words. Errors inside the kernel come later, from what waits for it.
     """
@@ -68,6 +70,7 @@ class Launcher:
         fixed: bytes = b"",
         block: int,
         shared_bytes: int = 0,
+        cluster: int = 1,
         pdl: bool = False,
     ) -> None:
         check_layout(function, layout, len(fixed))
@@ -75,10 +78,15 @@ class Launcher:
         self._arguments = (c_char * max(len(fixed) + packer.size, function.argument_bytes))()
         ctypes.memmove(self._arguments, fixed, len(fixed))
         self._parameters = (c_void_p * 1)(ctypes.addressof(self._arguments))
-        self._attribute = LaunchAttribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-        self._config = LaunchConfig(1, 1, 1, block, 1, 1, shared_bytes, None, ctypes.addressof(self._attribute), 0)
+        wanted = []
         if pdl and attribute(function.device, "COMPUTE_CAPABILITY_MAJOR") >= 9:
-            self._config.attribute_count = 1
+            wanted.append(LaunchAttribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1, 0, 0)))
+        if cluster > 1:
+            wanted.append(LaunchAttribute(CLUSTER_DIMENSION, 0, (cluster, 1, 1)))
+        self._attributes = (LaunchAttribute * 2)(*wanted)
+        self._config = LaunchConfig(
+            1, 1, 1, block, 1, 1, shared_bytes, None, ctypes.addressof(self._attributes), len(wanted)
+        )
         if shared_bytes > SHARED_BYTES:
             function.allow_shared(shared_bytes)
         self._name, self._offset, self._pack, self._launch = function.name, len(fixed), packer.pack_into, launch_call()

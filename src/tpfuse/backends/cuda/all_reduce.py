@@ -1,0 +1,318 @@
+"""`all_reduce` and `all_reduce_rms_norm` of the cuda backend: which kernel serves which call, and its launch.
+
+The kernels and their protocol are in kernels/all_reduce.h. Algorithm and chunks follow from rows, width, dtype and the
+number of ranks, so that every rank does the same; how a rank spreads a row over blocks and threads is its own matter.
+
+Which kernel (4x H200; benchmarks/results/ has the figures):
+- one-shot up to ONE_SHOT_ROWS: its W - 1 rows of bytes cost less than a second flight over the links.
+- two-shot above, in launches of as many rows as half the workspace holds.
+- A row is split over blocks of 2 or 3 warps up to SPLIT_ROWS, where rows alone would leave multiprocessors idle.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpfuse.backends.cuda import attribute
+from tpfuse.backends.cuda.compile import arch_of, compile_kernel, load
+from tpfuse.backends.cuda.launch import Launcher
+from tpfuse.backends.cuda.sharded_norm import GROUP, KINDS, whole_vectors
+from tpfuse.backends.cuda.workspace import Fill, Workspace
+from tpfuse.errors import Unsupported
+from tpfuse.quant import Format
+
+OPS = {"all_reduce": 3, "all_reduce_rms_norm": 4}  # the `op` of an error record
+MARK = 0x80000000  # kMark
+HEADER = 4096  # kReduceHeader
+WORKSPACE_BYTES = 60 << 20  # with the norms' own workspace less than 64 MiB
+MAX_GROUPS = 64  # kReduceGroups
+MAX_BLOCKS = 65535  # of a launch: the call counter has 16 bits for them
+
+ONE_SHOT_ROWS = {2: 64, 3: 24, 4: 16, 5: 12, 6: 12, 7: 8, 8: 8}  # by world
+SPLIT_ROWS = 128
+SPLIT = {"one_shot": 8, "two_shot": 6}  # most blocks of a row, up to SPLIT_ROWS
+WIDE_WARPS = 24  # most warps of a block, else a row is split
+RESIDENT_THREADS = 1152  # on a multiprocessor: leaves 56 registers a thread
+
+FIXED = struct.Struct("8QQQIIII")  # workspaces, error record, timeout, rank, op, half, padding
+LAYOUT = "8Q3q5I3f"
+NO_RESIDUAL = "tpfuse::Nothing"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel. Names as in kernels/all_reduce.h."""
+
+    algorithm: str  # "one_shot" or "two_shot"
+    path: str  # "sum", "norm" or "early"
+    dtype: torch.dtype
+    residual: torch.dtype | None
+    gamma: torch.dtype
+    world: int
+    parts: int
+    vectors: int
+    threads: int
+    aligned: bool
+    quant: str = "none"
+    layout: str = "row_major"
+    keep: bool = True
+
+    @property
+    def resident(self) -> int:
+        """Blocks on a multiprocessor that the registers are shared between."""
+        heavy = self.dtype.itemsize * self.world > 8 or self.residual == torch.float32 or self.gamma == torch.float32
+        threads = RESIDENT_THREADS if self.aligned and not heavy and self.vectors == 1 else RESIDENT_THREADS * 4 // 9
+        return max(1, min(16, threads // self.threads))
+
+    @property
+    def register_budget(self) -> int:
+        return min(255, 65536 // (self.resident * self.threads) // 8 * 8)
+
+    @property
+    def name_expression(self) -> str:
+        residual = NO_RESIDUAL if self.residual is None else KINDS[self.residual]
+        template = (
+            KINDS[self.dtype], residual, KINDS[self.gamma], self.world, f"tpfuse::Path::{self.path}",
+            f"tpfuse::quant::Kind::{self.quant}", f"tpfuse::quant::Layout::{self.layout}", str(self.keep).lower(),
+            self.parts, self.vectors, str(self.aligned).lower(), self.threads, self.resident,
+        )  # fmt: skip
+        return f"tpfuse::reduce_{self.algorithm}<tpfuse::Form<{', '.join(map(str, template))}>>"
+
+
+def algorithm_for(rows: int, world: int, path: str) -> str:
+    """The same on every rank. Before a gather there is an owner of each row, so that is two-shot at any size."""
+    return "one_shot" if rows <= ONE_SHOT_ROWS[world] and path != "early" else "two_shot"
+
+
+def spread(algorithm: str, rows: int, width: int, clusters: bool) -> tuple[int, int, int]:
+    """How a row is spread: blocks, vectors a thread, threads a block."""
+    groups = -(-width // GROUP)
+    if not clusters:
+        vectors = -(-groups // 16)
+        return 1, vectors, 32 * -(-groups // vectors)
+    parts = -(-groups // 16) if groups > WIDE_WARPS else 1
+    if rows <= SPLIT_ROWS:
+        parts = max(parts, min(SPLIT[algorithm], groups // 2))
+    warps = -(-groups // parts)
+    return -(-groups // warps), 1, 32 * warps
+
+
+def rows_of_launch(rows: int, width: int, itemsize: int, world: int, algorithm: str, parts: int) -> int:
+    """How many rows a launch takes: what half the workspace holds, in even launches of whole rounds of owners."""
+    stride = -(-width // 8) * 8 * itemsize
+    slots = world if algorithm == "one_shot" else 2  # of a row in a half; two-shot rounds up to whole rounds
+    most = min(half_bytes() // (stride * slots), MAX_BLOCKS // parts) // world * world
+    launches = -(-rows // most)
+    return -(-rows // (launches * world)) * world
+
+
+def half_bytes() -> int:
+    return (WORKSPACE_BYTES - HEADER) // 2 // 128 * 128
+
+
+def why_not(width: int) -> str:
+    """Why the kernels can't serve rows of this width; empty if they can."""
+    if width > MAX_GROUPS * GROUP:
+        return f"cuda kernels reduce rows of up to {MAX_GROUPS * GROUP} elements; given {width}"
+    return ""
+
+
+def goes_early(rows: int, world: int, row_sharded: bool, residual: bool, quant: bool, keep_norm: bool) -> bool:
+    """Whether rows are normed by their owners, before they are gathered: where only owners have the residual, and where
+    the quantised row is all that anybody needs."""
+    small = rows <= ONE_SHOT_ROWS[world]
+    return row_sharded or (quant and not residual and not keep_norm and not small)
+
+
+def source() -> str:
+    """What is compiled, with a check that host and device agree about constants."""
+    checks = {"kMark": MARK, "kReduceHeader": HEADER, "kReduceGroups": MAX_GROUPS}
+    asserts = "".join(f"static_assert(tpfuse::{name} == {value}u);\n" for name, value in checks.items())
+    return f'#include "all_reduce.h"\n{asserts}'
+
+
+def variants(worlds: Sequence[int] = (2, 3, 4, 8), clusters: bool = True) -> Iterator[Variant]:
+    """A sample of what calls can ask for, for compile checks: every template, with its extreme shapes."""
+    f32, b16, f16 = torch.float32, torch.bfloat16, torch.float16
+    types = ((b16, b16, b16), (b16, f32, b16), (b16, None, f32), (f16, f16, f32), (f32, f32, f32))
+    formats = (
+        ("none", "row_major", True),
+        ("fp8_static", "row_major", False),
+        ("fp8_per_token", "row_major", True),
+        ("fp8_per_group", "column_major", False),
+        ("mxfp8", "swizzled", False),
+        ("nvfp4", "swizzled", False),
+        ("nvfp4", "row_major", True),
+    )
+    seen = set()
+    for world, (dtype, residual, gamma), rows, width, aligned in product(
+        worlds, types, (1, 64, 4096), (256, 2880, 3072, 6144, 8192, 16384), (True, False)
+    ):
+        for path, (quant, layout, keep) in (("sum", formats[0]), *product(("norm", "early"), formats)):
+            algorithm = algorithm_for(rows, world, path)
+            spreading = spread(algorithm, rows, width, clusters)
+            stream, weight = (None, dtype) if path == "sum" else (residual, gamma)
+            variant = Variant(
+                algorithm, path, dtype, stream, weight, world, *spreading, aligned, quant, layout, keep
+            )  # fmt: skip
+            if variant not in seen:
+                seen.add(variant)
+                yield variant
+
+
+class AllReduce:
+    """Launches the kernels for one communicator. `space`: made by `workspace`."""
+
+    def __init__(self, device: torch.device, rank: int, world: int, space: Workspace, timeout: float) -> None:
+        assert device.index is not None
+        self._index, self._world = device.index, world
+        self._arch = arch_of(device.index)
+        self._clusters = attribute(device.index, "COMPUTE_CAPABILITY_MAJOR") >= 9
+        bases = (*space.bases, *[0] * (8 - world))
+        self._fixed = {
+            op: FIXED.pack(*bases, space.error_pointer, int(timeout * 1e9), rank, code, half_bytes(), 0)
+            for op, code in OPS.items()
+        }
+        self._launchers: dict[tuple[str, Variant], Launcher] = {}
+        self._chosen: dict[Any, tuple[Launcher, int, int]] = {}
+
+    def all_reduce(self, x: Tensor, y: Tensor, stream: int) -> None:
+        """y = the sum of every rank's x, both `[T, H]`."""
+        self._run("all_reduce", "sum", x, y, None, None, None, None, None, None, 0.0, 0.0, stream)
+
+    def all_reduce_rms_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        new_residual: Tensor | None,
+        norm: Tensor | None,
+        quant: Format | None,
+        bytes_: Tensor | None,
+        scale: Tensor | None,
+        eps: float,
+        weight_bias: float,
+        early: bool,
+        stream: int,
+    ) -> None:
+        """Fills norm, new_residual, bytes_ and scale, whichever are not None."""
+        path = "early" if early else "norm"
+        self._run(
+            "all_reduce_rms_norm", path, x, norm, weight, residual, new_residual, quant, bytes_, scale, eps,
+            weight_bias, stream,
+        )  # fmt: skip
+
+    def _run(
+        self,
+        op: str,
+        path: str,
+        x: Tensor,
+        y: Tensor | None,
+        weight: Tensor | None,
+        residual: Tensor | None,
+        new_residual: Tensor | None,
+        quant: Format | None,
+        bytes_: Tensor | None,
+        scale: Tensor | None,
+        eps: float,
+        weight_bias: float,
+        stream: int,
+    ) -> None:
+        rows, width = x.shape
+        x_at, y_at, residual_at, new_at = (0 if t is None else t.data_ptr() for t in (x, y, residual, new_residual))
+        gamma_at, bytes_at, scale_at = (0 if t is None else t.data_ptr() for t in (weight, bytes_, scale))
+        x_stride = x.stride(0)
+        y_stride = 0 if y is None else y.stride(0)
+        residual_stride = 0 if residual is None else residual.stride(0)
+        aligned = whole_vectors(x.element_size(), (x_at, y_at), (x_stride, y_stride), width)
+        if weight is not None:
+            aligned = aligned and gamma_at % 16 == 0
+        if residual is not None:
+            aligned = aligned and whole_vectors(residual.element_size(), (residual_at,), (residual_stride,))
+        format_key = None if quant is None else quant.name
+        key = (
+            op, path, rows, width, x.dtype, None if residual is None else residual.dtype,
+            None if weight is None else weight.dtype, format_key, y is None, aligned,
+        )  # fmt: skip
+        start = self._chosen.get(key)
+        if start is None:
+            start = self._chosen[key] = self._choose(op, path, x, y, weight, residual, quant, aligned)
+        launcher, parts, step = start
+        given, pitch = 0, 0
+        if quant is not None:
+            pitch = quant.pitch(rows, width)
+            given = 0 if quant.given is None else quant.given.data_ptr()
+        item = x.element_size()
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            own = first // self._world if path == "early" else first
+            launcher(
+                count * parts, stream,
+                x_at + first * x_stride * item,
+                y_at + first * y_stride * item,
+                residual_at + (0 if residual is None else own * residual_stride * residual.element_size()),
+                new_at + (0 if new_residual is None else own * width * new_residual.element_size()),
+                gamma_at,
+                bytes_at + (0 if quant is None else first * width // quant.packed),
+                scale_at, given, x_stride, y_stride, residual_stride, count, width, first, rows, pitch,
+                eps, 1.0 / width, weight_bias,
+            )  # fmt: skip
+
+    def _choose(
+        self,
+        op: str,
+        path: str,
+        x: Tensor,
+        y: Tensor | None,
+        weight: Tensor | None,
+        residual: Tensor | None,
+        quant: Format | None,
+        aligned: bool,
+    ) -> tuple[Launcher, int, int]:
+        """The launcher for a call, its blocks a row, and the rows of a launch."""
+        rows, width = x.shape
+        kind, layout = ("none", "row_major") if quant is None else (quant.kind, quant.layout)
+        stream = None if residual is None else residual.dtype
+        gamma = x.dtype if weight is None else weight.dtype
+
+        def variant(count: int) -> Variant:
+            algorithm = algorithm_for(count, self._world, path)
+            spreading = spread(algorithm, count, width, self._clusters)
+            return Variant(
+                algorithm, path, x.dtype, stream, gamma, self._world, *spreading, aligned, kind, layout, y is not None
+            )
+
+        # Calls with other numbers of rows are likely to come, perhaps first while a graph is captured.
+        if not torch.cuda.is_current_stream_capturing():
+            for count in (1, SPLIT_ROWS, SPLIT_ROWS + 1):
+                self._launcher(op, variant(count))
+        chosen = variant(rows)
+        step = rows_of_launch(rows, width, x.element_size(), self._world, chosen.algorithm, chosen.parts)
+        return self._launcher(op, chosen), chosen.parts, step
+
+    def _launcher(self, op: str, variant: Variant) -> Launcher:
+        found = self._launchers.get((op, variant))
+        if found is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise Unsupported(
+                    f"{op}: the kernel for {variant.dtype} and this width is not compiled yet, and a CUDA graph is "
+                    "being captured. Call it once with these dtypes, this width and this format before the capture."
+                )
+            made = compile_kernel(source(), variant.name_expression, arch=self._arch)
+            found = self._launchers[op, variant] = Launcher(
+                load(made, self._index), LAYOUT, fixed=self._fixed[op], block=variant.threads,
+                cluster=variant.parts, pdl=True,
+            )  # fmt: skip
+        return found
+
+
+def fills() -> tuple[Fill, ...]:
+    """What a new workspace holds: marks in both halves."""
+    return (Fill(HEADER, WORKSPACE_BYTES - HEADER, MARK),)
