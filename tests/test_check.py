@@ -10,9 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from tpfuse import Communicator, check
+from tpfuse import Communicator, NormOutput, check
 from tpfuse.backends import collective
 from tpfuse.launch import Rank
+from tpfuse.quant import FORMATS
 
 CASES = [case for case in check.cases() if case.width in (24, 72)]
 
@@ -37,6 +38,60 @@ def test_every_rank_knows_which_rank_is_wrong(on_ranks, wrong):
         assert [o.case for o in outcomes] == CASES
         assert {o.case.op for o in failed} == {"rms_norm", "qk_rms_norm"}
         assert {o.rank for o in failed} == {wrong}
+
+
+SPOILT = {
+    "rotate": ("qk_rms_norm", "rope-of-halves", "rope-of-neighbours"),
+    "gather_rows": ("all_reduce_rms_norm", "row-sharded"),
+}
+
+
+def run_without(rank: Rank, what: str) -> list[tuple[check.Case, bool]]:
+    """Small cases of the variants, with a part of the backend that does nothing; which of them fail."""
+    place = collective if what == "rotate" else collective.Collective
+    right = getattr(place, what)
+    setattr(
+        place, what, (lambda x, rope: x) if what == "rotate" else lambda self, y, rows: right(self, y, rows).flip(0)
+    )
+    cases = [case for case in check.cases() if case.width in (72, 384)]
+    try:
+        with Communicator(mode="control", timeout=20.0) as comm:
+            return [(case, check.run_case(comm, case).ok) for case in cases]
+    finally:
+        setattr(place, what, right)
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_variant_that_does_not_do_its_part_is_seen(on_ranks, what):
+    op, *variants = SPOILT[what]
+    for found in on_ranks(2, run_without, what):
+        assert any(case.op == op and set(case.variants) & set(variants) for case, _ in found)
+        for case, ok in found:
+            assert ok == (not set(case.variants) & set(variants)), case
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.usefixtures("alone")
+def test_a_wrong_byte_of_a_quantised_output_is_seen(name):
+    case = next(case for case in check.cases() if case.quant == name)
+    fmt, norm = FORMATS[name](torch.ones(1)), torch.randn(5, 384)
+    encoded = fmt.encode(norm)
+    quant, scale = fmt.encode(norm)
+    quant.view(torch.uint8)[3, 5] ^= 0x22
+    _, other_scale = FORMATS[name](torch.full((1,), 2.0)).encode(norm * 3)
+    with Communicator() as comm:
+        for y, right in ((encoded, True), ((quant, scale), False), ((encoded[0], other_scale), False)):
+            worst = check.Worst(comm, case)
+            worst.quantised(fmt, "quant", NormOutput(None, None, *y), encoded)
+            assert worst.outcome().ok == right
+
+
+def test_the_cases_have_every_variant():
+    cases = check.cases()
+    quantised = {(case.quant, case.row_sharded) for case in cases if case.op == "all_reduce_rms_norm"}
+    assert quantised == {(name, sharded) for name in ("", *FORMATS) for sharded in (False, True)}
+    assert {case.rope for case in cases if case.op == "qk_rms_norm"} == {"", "halves", "neighbours"}
+    assert len({str(case) for case in cases}) == len(cases)
 
 
 def only(rank: Rank, dtype: torch.dtype) -> check.Outcome:

@@ -3,10 +3,12 @@
 A case is one op, dtype and width. It makes `ROWS[-1]` rows for every rank, with very different scales per rank (a sum
 that misses a rank can't pass) and special rows among them, computes the reference once for all rows, and then calls
 the op on slices of every size in ROWS: the result of a row may depend neither on its neighbours nor on the batch. Every
-other slice is a view into wider rows, as q and k are views of one qkv tensor.
+other slice is a view into wider rows, as q and k are views of one qkv tensor. Cases of a variant (a rotation, a
+quantised output, a residual that is sharded by rows) have it in their name.
 
 Distances are in units of what the contract allows (docs/contract.md): for own kernels nothing, for the `collective`
 backend one ulp of the result beside the rounding of fp32 sums in another order. So "1.00" is the limit everywhere.
+A quantised output must be that of the returned norm, bit for bit, on every backend.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, product
 
 import torch
 import torch.distributed as dist
@@ -30,10 +32,16 @@ from tpfuse.communicator import Communicator
 from tpfuse.errors import TpfuseError
 from tpfuse.launch import Rank
 from tpfuse.plan import OPS
+from tpfuse.quant import FORMATS, Format
+from tpfuse.reference import NormOutput
+from tpfuse.rope import Rope, rotate
 
 ROWS = (0, 1, 2, 3, 5, 7, 16, 33, 129, 1000)
 WIDTHS = (24, 1000, 2688, 2880, 3072, 4096, 5120, 6144, 7168, 8192)
 QK_WIDTHS = ((6144, 1024), (2048, 256), (72, 40))
+QUANT_WIDTHS = (384, 2048, 2688)
+GIVEN = {"fp8_static": 0.07, "nvfp4": 448 * 6 / 32.0}  # what a format is given: a scale, a global scale
+POSITIONS = 4096
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPS = 1e-6
 FP32_NOISE = 8 * 2.0**-24  # relative; the sums and products of a norm in another order
@@ -51,9 +59,17 @@ class Case:
     gamma: torch.dtype
     residual: torch.dtype | None
     weight_bias: float
+    rope: str = ""  # "halves" or "neighbours": which elements are a pair
+    quant: str = ""  # a key of FORMATS
+    row_sharded: bool = False
 
     def __str__(self) -> str:
-        return f"{self.op} {self.widths} {name(self.dtype)}"
+        return " ".join((self.op, self.widths, name(self.dtype), *self.variants))
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        parts = (f"rope-of-{self.rope}" if self.rope else "", self.quant, "row-sharded" if self.row_sharded else "")
+        return tuple(part for part in parts if part)
 
     @property
     def widths(self) -> str:
@@ -84,6 +100,21 @@ def cases() -> list[Case]:
             for dtype in DTYPES:
                 residual = next(residuals) if op == "all_reduce_rms_norm" else None
                 found.append(Case(op, dtype, width, width2, next(gammas), residual, next(biases)))
+    return [*found, *variants()]
+
+
+def variants() -> list[Case]:
+    """Each rotation for each pair of widths; each format, and none, with the residual replicated and sharded."""
+    gammas, dtypes, widths = cycle(DTYPES), cycle(DTYPES), cycle(QUANT_WIDTHS)
+    residuals, biases = cycle((torch.float32, torch.bfloat16)), cycle((0.0, 1.0))
+    found = [
+        Case("qk_rms_norm", next(dtypes), *both, next(gammas), None, next(biases), rope=rope)
+        for both, rope in product(QK_WIDTHS, ("halves", "neighbours"))
+    ]
+    for row_sharded, quant in product((False, True), ("", *FORMATS)):
+        if quant or row_sharded:
+            settings = (next(dtypes), next(widths), 0, next(gammas), next(residuals), next(biases))
+            found.append(Case("all_reduce_rms_norm", *settings, quant=quant, row_sharded=row_sharded))
     return found
 
 
@@ -116,7 +147,7 @@ class Inputs:
         self.n = share(case.width, world) if sharded else case.width
         self.m = share(case.width2, world) if case.width2 else 0
         generator = torch.Generator(device).manual_seed(hash_of(case))
-        self._device, self._generator = device, generator
+        self.device, self._generator = device, generator
         self.xs = [self._rows(self.n + self.m, case.dtype, 4.0**r) for r in range(world)]
         for r, x in enumerate(self.xs):
             plant_specials(x, r)
@@ -125,7 +156,7 @@ class Inputs:
 
     def _rows(self, n: int, dtype: torch.dtype, scale: float) -> Tensor:
         """`[ROWS[-1], n]` inside wider rows."""
-        wide = torch.randn(ROWS[-1], n + 8, generator=self._generator, device=self._device) * scale
+        wide = torch.randn(ROWS[-1], n + 8, generator=self._generator, device=self.device) * scale
         return wide.to(dtype)[:, :n]
 
 
@@ -160,6 +191,7 @@ def _rms_norm(comm: Communicator, case: Case, inputs: Inputs) -> Outcome:
     for rows, strided in slices():
         x = take(inputs.xs[comm.rank], rows, strided)
         y = comm.rms_norm(x, inputs.weights[comm.rank], eps=EPS, weight_bias=case.weight_bias)
+        worst.called()
         worst.see("norm", y, want[rows], None, strided)
     return worst.outcome()
 
@@ -169,18 +201,51 @@ def _qk_rms_norm(comm: Communicator, case: Case, inputs: Inputs) -> Outcome:
     qs, ks = [x[:, :n] for x in inputs.xs], [x[:, n:] for x in inputs.xs]
     q_weights, k_weights = [w[:n] for w in inputs.weights], [w[n:].contiguous() for w in inputs.weights]
     eps = (EPS, 10 * EPS)
-    every = reference.qk_rms_norm(qs, ks, q_weights, k_weights, eps=eps, weight_bias=case.weight_bias)
-    q_want, k_want = every[comm.rank]
+    rope = rotation(case, inputs) if case.rope else None
+    q_want, k_want = reference.qk_rms_norm(
+        qs, ks, q_weights, k_weights, eps=eps, weight_bias=case.weight_bias, rope=rope
+    )[comm.rank]
+    q_slack: Tensor | None = None
+    k_slack: Tensor | None = None
+    if rope is not None:
+        wide_q, wide_k = [q.float() for q in qs], [k.float() for k in ks]
+        unturned = reference.qk_rms_norm(wide_q, wide_k, q_weights, k_weights, eps=eps, weight_bias=case.weight_bias)
+        q_slack, k_slack = (rope_slack(y, rope) for y in unturned[comm.rank])
     worst = Worst(comm, case)
     for rows, strided in slices():
         q, k = take(own[:, :n], rows, strided), take(own[:, n:], rows, strided)
         out = (q.clone(), k.clone()) if not strided else None
         q_in, k_in = out or (q, k)
         weights = q_weights[comm.rank], k_weights[comm.rank]
-        y = comm.qk_rms_norm(q_in, k_in, *weights, eps=eps, weight_bias=case.weight_bias, out=out)
-        worst.see("q", y[0], q_want[rows], None, strided)
-        worst.see("k", y[1], k_want[rows], None, strided)
+        turn = None if rope is None else replace(rope, positions=rope.positions[rows])
+        y = comm.qk_rms_norm(q_in, k_in, *weights, eps=eps, weight_bias=case.weight_bias, rope=turn, out=out)
+        worst.called()
+        worst.see("q", y[0], q_want[rows], of(q_slack, rows), strided)
+        worst.see("k", y[1], k_want[rows], of(k_slack, rows), strided)
     return worst.outcome()
+
+
+def rotation(case: Case, inputs: Inputs) -> Rope:
+    """Heads as large as the widths allow, positions in no order; the last element pairs of a large head stay."""
+    head = math.gcd(inputs.n, inputs.m, 128)
+    turned = head // 2 if head >= 64 and case.rope == "neighbours" else head
+    generator = torch.Generator().manual_seed(hash_of(case))
+    angles = torch.arange(POSITIONS).unsqueeze(-1) * 10000.0 ** (-torch.arange(0, turned, 2) / turned)
+    positions = torch.randint(POSITIONS, (ROWS[-1],), generator=generator)
+    cos, sin, positions = (t.to(inputs.device) for t in (angles.cos(), angles.sin(), positions))
+    return Rope(cos, sin, positions, head_dim=head, rotary_dim=turned, interleaved=case.rope == "neighbours")
+
+
+def rope_slack(y: Tensor, rope: Rope) -> Tensor:
+    """What a rotation makes of FP32_NOISE in what it is given: the two products may cancel, their errors don't."""
+    nothing = torch.zeros_like(rope.cos)
+    cosines = replace(rope, cos=rope.cos.abs(), sin=nothing)
+    sines = replace(rope, cos=nothing, sin=rope.sin.abs())
+    return FP32_NOISE * (rotate(y.abs(), cosines).double() + rotate(y.abs(), sines).double().abs())
+
+
+def of(slack: Tensor | None, rows: slice) -> Tensor | None:
+    return None if slack is None else slack[rows]
 
 
 def _all_reduce(comm: Communicator, case: Case, inputs: Inputs) -> Outcome:
@@ -188,6 +253,7 @@ def _all_reduce(comm: Communicator, case: Case, inputs: Inputs) -> Outcome:
     worst = Worst(comm, case)
     for rows, strided in slices():
         y = comm.all_reduce(take(inputs.xs[comm.rank], rows, strided))
+        worst.called()
         worst.see("sum", y, want[rows], slack[rows], strided)
         worst.same_on_all_ranks("sum", y)
     return worst.outcome()
@@ -202,17 +268,53 @@ def _all_reduce_rms_norm(comm: Communicator, case: Case, inputs: Inputs) -> Outc
     assert want.norm is not None
     slack = norm_slack(moved, r, weight.float() + case.weight_bias, want.norm)
     worst = Worst(comm, case)
+    fmt = FORMATS[case.quant](given_to(case, comm.device)) if case.quant else None
     for rows, strided in slices():
         x = take(inputs.xs[comm.rank], rows, strided)
-        given = None if residual is None else take(residual, rows, strided)
-        y = comm.all_reduce_rms_norm(x, weight, residual=given, eps=EPS, weight_bias=case.weight_bias)
+        stream = None if residual is None else take(residual, rows, strided)
+        if case.row_sharded and stream is not None:
+            stream = comm.shard_rows(stream)
+
+        y = boundary(comm, case, x, weight, stream, fmt, keep_norm=True)
+        worst.called()
         assert y.norm is not None
         worst.see("norm", y.norm, want.norm[rows], slack[rows], strided)
         worst.same_on_all_ranks("norm", y.norm)
         if y.residual is not None and want.residual is not None:
-            worst.see("residual", y.residual, want.residual[rows], moved[rows], strided)
-            worst.same_on_all_ranks("residual", y.residual)
+            new = comm.gather_rows(y.residual, x.shape[0]) if case.row_sharded else y.residual
+            worst.see("residual", new, want.residual[rows], moved[rows], strided)
+            worst.same_on_all_ranks("residual", new)
+        if fmt is not None:
+            encoded = fmt.encode(y.norm)
+            worst.quantised(fmt, "quant beside the norm", y, encoded)
+            worst.quantised(fmt, "quant", boundary(comm, case, x, weight, stream, fmt, keep_norm=False), encoded)
     return worst.outcome()
+
+
+def boundary(
+    comm: Communicator,
+    case: Case,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    fmt: Format | None,
+    keep_norm: bool,
+) -> NormOutput:
+    return comm.all_reduce_rms_norm(
+        x,
+        weight,
+        residual=residual,
+        eps=EPS,
+        weight_bias=case.weight_bias,
+        quant=fmt,
+        keep_norm=keep_norm,
+        residual_layout="row_sharded" if case.row_sharded else "replicated",
+    )
+
+
+def given_to(case: Case, device: torch.device) -> Tensor:
+    """The tensor that a format may need."""
+    return torch.full((1,), GIVEN.get(case.quant.partition("_swizzled")[0], 1.0), device=device)
 
 
 _RUNNERS = {
@@ -229,13 +331,31 @@ class Worst:
     def __init__(self, comm: Communicator, case: Case) -> None:
         self._comm, self._case = comm, case
         self._distance, self._where = 0.0, ""
+        self._collective, self._exact = self._collective_calls(), False
+
+    def called(self) -> None:
+        """A call was made; whoever served it decides what is allowed."""
+        before, self._collective = self._collective, self._collective_calls()
+        self._exact = self._collective == before
+
+    def _collective_calls(self) -> int:
+        routes = [c for c in self._comm.report().counters if c.route.op == self._case.op]
+        return sum(c.calls for c in routes if c.route.backend == "collective")
 
     def see(self, what: str, got: Tensor, want: Tensor, slack: Tensor | None, strided: bool) -> None:
-        exact = self._comm.plan.route(self._case.op, got.shape[0]).backend != "collective"
-        found = distance(got, want, slack, exact=exact)
+        found = distance(got, want, slack, exact=self._exact)
         if found > self._distance:
             layout = "strided" if strided else "contiguous"
             self._distance, self._where = found, f"{what}, {got.shape[0]} rows, {layout}"
+
+    def quantised(self, fmt: Format, what: str, y: NormOutput, encoded: tuple[Tensor, Tensor]) -> None:
+        """Elements and scales must be the encoder's, but for the sign of a zero and the payload of a NaN."""
+        assert y.quant is not None
+        assert y.scale is not None
+        pairs = zip(fmt.unpack(y.quant, y.scale), fmt.unpack(*encoded), strict=True)
+        alike = y.quant.shape == encoded[0].shape and y.scale.stride() == encoded[1].stride()
+        if not alike or any(distance(got, want, None, exact=True) for got, want in pairs):
+            self._distance, self._where = math.inf, f"{what}, {y.quant.shape[0]} rows: not the encoded norm"
 
     def same_on_all_ranks(self, what: str, y: Tensor) -> None:
         """Compare a checksum of the bits of y with the other ranks'."""
@@ -328,8 +448,8 @@ def show(console: Console, outcomes: Sequence[Outcome], title: str) -> None:
         table.add_column(column, justify="right" if column == "worst" else "left", overflow="fold")
     ops_of: dict[str, list[str]] = {}  # by their widths
     for op in OPS:
-        every = [o.case.widths for o in outcomes if o.case.op == op and o.case.dtype == DTYPES[0]]
-        ops_of.setdefault(", ".join(every), []).append(op)
+        plain = [o.case.widths for o in outcomes if o.case.op == op and not o.case.variants]
+        ops_of.setdefault(", ".join(dict.fromkeys(plain)), []).append(op)
         for dtype in DTYPES:
             group = [o for o in outcomes if o.case.op == op and o.case.dtype == dtype]
             bad = sum(not o.ok for o in group)
@@ -338,6 +458,10 @@ def show(console: Console, outcomes: Sequence[Outcome], title: str) -> None:
     console.print(table)
     for widths, ops in ops_of.items():
         console.print(f"widths of {', '.join(ops)}: {widths}", highlight=False)
+    for op in OPS:
+        parts = dict.fromkeys(part for o in outcomes if o.case.op == op for part in o.case.variants)
+        if parts:
+            console.print(f"variants of {op}: {', '.join(parts)}", highlight=False)
     failed = [o for o in outcomes if not o.ok]
     for o in failed:
         what = o.error or f"{compact(o.distance)} of the allowed distance at {o.where}"
