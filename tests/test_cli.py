@@ -1,6 +1,6 @@
 """The command line as its users have it: processes, their output and their exit codes.
 
-`tpfuse check` in full takes a minute; here a script runs the same command with a few of its cases.
+`tpfuse check` in full takes two minutes; here a script runs the same command with a few of its cases.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import os
 from tpfuse import check, cli, reference
 from tpfuse.backends.collective import Collective
 every, right = check.cases, reference.rms_norm
-check.cases = lambda: [case for case in every() if case.width in (24, 72)]
+check.cases = lambda: [case for case in every() if case.width in (24, 72) and not case.variants]
 if os.environ.get("BREAK"):
     reference.rms_norm = lambda *args, **settings: [y + 1 for y in right(*args, **settings)]
 if os.environ.get("BREAK_RANK") == os.environ.get("RANK", "none"):
