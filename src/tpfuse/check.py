@@ -349,11 +349,14 @@ class Worst:
             self._distance, self._where = found, f"{what}, {got.shape[0]} rows, {layout}"
 
     def quantised(self, fmt: Format, what: str, y: NormOutput, encoded: tuple[Tensor, Tensor]) -> None:
-        """Elements and scales must be the encoder's, but for the sign of a zero and the payload of a NaN."""
+        """Elements and scales must be the encoder's, but for the sign of a zero and the payload of a NaN. Scales of
+        one byte have neither, so these are compared as they lie, with their padding."""
         assert y.quant is not None
         assert y.scale is not None
         pairs = zip(fmt.unpack(y.quant, y.scale), fmt.unpack(*encoded), strict=True)
         alike = y.quant.shape == encoded[0].shape and y.scale.stride() == encoded[1].stride()
+        if alike and y.scale.element_size() == 1:
+            alike = torch.equal(y.scale.view(torch.uint8), encoded[1].view(torch.uint8))
         if not alike or any(distance(got, want, None, exact=True) for got, want in pairs):
             self._distance, self._where = math.inf, f"{what}, {y.quant.shape[0]} rows: not the encoded norm"
 
