@@ -120,7 +120,7 @@ void variants_of() {
   if constexpr (NORM_FEW < 2 && kOther) {
     by_row<T, W, 2, 2, false, 1>();
     by_row<T, W, 8, 1, true, 4, Turn::halves>();
-    by_block<T, W, 2, 4, 1, false, true>();
+    by_block<T, W, 2, 8, 1, false, true>();
     by_block<T, W, 2, 1, 4, true, true, Turn::neighbours>();
   }
   if constexpr (NORM_FEW < 2 && !kOther) {
@@ -340,18 +340,7 @@ class Sequence {
     finish();
     draw();
     Call& call = calls_.back();
-    left_ = 0;
     launch(call, setup_.missing);
-    // The rank is busy with something else until all others have left. Its stores keep the machine, whose clock leaps
-    // further each time that it finds all threads waiting, from giving the others up before they have had their turns.
-    u32* scratch = machine_.alloc_zeroed<u32>(setup_.missing, 1, "scratch");
-    u64 all = u64(setup_.world - 1) * call.grid * call.threads;
-    machine_.launch(setup_.missing, 1, 1, [this, scratch, all] {
-      for (u32 turn = 1; left_ < all; ++turn) {
-        spin_pause();
-        if (turn % 25 == 0) store_system(scratch, turn);
-      }
-    });
     machine_.run();
     for (Array& array : arrays_) array.check(history());
     u32 per_block = call.variant->kind == Kind::row ? call.variant->warps : 1;
@@ -641,12 +630,7 @@ class Sequence {
         a.eps[t] = call.eps[t];
         a.reciprocal[t] = float(1.0 / double(setup_.world * call.width[t]));
       }
-      machine_.launch(rank, call.grid, call.threads,
-                      [this, a, kernel = v.kernel] {
-                        kernel(a);
-                        ++left_;
-                      },
-                      {call.pdl});
+      machine_.launch(rank, call.grid, call.threads, [a, kernel = v.kernel] { kernel(a); }, {call.pdl});
     }
     if (missing != kAny) return;
     expect_results(call);
@@ -696,7 +680,6 @@ class Sequence {
   simt::Machine machine_;
   u32 pdl_;  // never, always, now and then
   u32 first_step_;
-  u64 left_ = 0;  // threads that have left a kernel
   std::vector<u64> workspace_;
   std::vector<Vec16*> errors_;
   std::vector<Array> arrays_;

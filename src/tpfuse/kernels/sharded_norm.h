@@ -486,7 +486,15 @@ struct BlockStep {
   TPF_DEVICE BlockStep(const NormArgs& args)
       : a(args), groups0(group_count(args.width[0])), groups1(kTensors == 2 ? group_count(args.width[1]) : 0) {}
 
-  TPF_DEVICE u32 group(u32 v) const { return warp_index() + v * (block_size() / kWarp); }
+  // Where a warp holds many groups, the compiler would keep the addresses of all of them in registers over the whole
+  // loop, and spill. It can't where it does not know that the warp's number is still the same.
+  static constexpr bool kForgets = kVectors > 2;
+  u32 warp = warp_index();
+  TPF_DEVICE void forget_addresses() {
+    if constexpr (kForgets) warp = shuffle(warp, 0);
+  }
+
+  TPF_DEVICE u32 group(u32 v) const { return (kForgets ? warp : warp_index()) + v * (block_size() / kWarp); }
   TPF_DEVICE u32 tensor(u32 v) const { return kTensors == 2 && group(v) >= groups0 ? 1 : 0; }
   TPF_DEVICE u32 at(u32 v) const {
     return (tensor(v) == 0 ? group(v) : group(v) - groups0) * kGroupElements + lane() * kLaneElements;
@@ -575,8 +583,8 @@ struct BlockStep {
 };
 
 // Block: 32 threads for every kVectors groups of both tensors. Grid: at most kBlockBlocks.
-// kDeep: the next rows are loaded while this chunk's sums are exchanged, and gamma stays in registers; wide rows have no
-// registers for either.
+// kDeep: the next rows are loaded while this chunk's sums are exchanged, and gamma stays in registers. Wide rows have no
+// registers for either, and on some architectures several rows have none. Peers can't tell.
 template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, u32 kThreads, u32 kResident,
           Turn kTurn = Turn::none>
 TPF_KERNEL(kThreads, kResident)
@@ -600,6 +608,7 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   if (kDeep) work.load(block_index(), rows);
   for (u32 chunk = block_index(); chunk < chunks; chunk += grid_size()) {
     ++step;
+    work.forget_addresses();
     if (!kDeep) work.load(chunk, rows);
     work.reduce(rows, sums);
     if (kDeep) work.load(chunk + grid_size(), loading);  // nothing where there is no such chunk
@@ -612,6 +621,7 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
     if (failed) return;
     TPF_UNROLL
     for (u32 v = 0; v < kVectors; ++v) {
+      work.forget_addresses();
       if (!kDeep) load_gamma(a, work.tensor(v), work.at(v), gamma[v]);
       work.store(chunk, v, rows, inverses, gamma[v]);
     }

@@ -1,7 +1,8 @@
 """`rms_norm` and `qk_rms_norm` of the cuda backend: which kernel serves which shape, and its launch.
 
 The kernels and their protocol are in kernels/sharded_norm.h. This file decides by shape alone (rows, widths, dtype,
-alignment), so that every rank launches the same kernel with the same grid.
+alignment), so that every rank launches the same kernel with the same grid. The architecture only decides what a block
+keeps in registers, which peers don't see.
 
 Which kernel (4x H200, 1536 + 256 columns a rank; benchmarks/results/ has the figures):
 - `row`: a warp has a whole row. Fewest steps between arrival and store; best up to ROW_KERNEL_ROWS rows, where every
@@ -38,6 +39,9 @@ ROW_KERNEL_ROWS = 2048
 ROW_WARPS = 4  # rows, and warps, of a block of the row kernel
 ROW_RESIDENT = 4
 RESIDENT_THREADS = 896  # of the block kernel on a multiprocessor: leaves 72 registers a thread
+# Registers in which the block kernel can work ahead with several rows at a time: NVRTC 13.4 spills below.
+DEEP_REGISTERS = {"sm_90a": 72}
+DEEP_REGISTERS_ELSEWHERE = 96
 GROUP = 256  # elements of a group: 32 lanes of 8
 
 FIXED = struct.Struct("8QQQII")  # workspaces, error record, timeout, rank, op
@@ -80,13 +84,15 @@ class Variant:
 
     @property
     def vectors(self) -> int:
-        """Groups that a warp of the block kernel holds of a row."""
-        return power_of_two(-(-sum(self.groups) // 32))
+        """Groups that a warp of the block kernel holds of a row. In the 64 registers that 1024 threads leave, four do
+        not fit, but in the 128 of half as many threads eight do."""
+        least = -(-sum(self.groups) // 32)
+        return least if least <= 2 else 8
 
-    @property
-    def deep(self) -> bool:
+    def deep(self, arch: str) -> bool:
         """Whether the block kernel has the registers to work ahead."""
-        return self.aligned and sum(self.groups) <= 16
+        needed = 0 if self.rows == 1 else DEEP_REGISTERS.get(arch, DEEP_REGISTERS_ELSEWHERE)
+        return self.aligned and sum(self.groups) <= 16 and self.register_budget >= needed
 
     @property
     def threads(self) -> int:
@@ -94,8 +100,11 @@ class Variant:
 
     @property
     def resident(self) -> int:
-        """Blocks on a multiprocessor that the grid is made for; not a matter of alignment, which may differ by rank."""
-        return ROW_RESIDENT if self.kernel == "row" else max(1, min(16, RESIDENT_THREADS // self.threads))
+        """Blocks on a multiprocessor that the grid is made for; not a matter of alignment, which may differ by rank. One
+        block of wide rows takes all registers."""
+        if self.kernel == "row":
+            return ROW_RESIDENT
+        return 1 if self.vectors > 1 else max(1, min(16, RESIDENT_THREADS // self.threads))
 
     @property
     def budgeted(self) -> int:
@@ -104,16 +113,17 @@ class Variant:
 
     @property
     def register_budget(self) -> int:
-        return min(255, 65536 // (self.budgeted * self.threads) // 8 * 8)
+        """Of a thread. The warps share out over four files of 512 registers a lane, in units of 8."""
+        warps = -(-self.budgeted * self.threads // 128)
+        return min(255, 512 // warps // 8 * 8)
 
-    @property
-    def name_expression(self) -> str:
+    def name_expression(self, arch: str) -> str:
         kind, aligned, turn = KINDS[self.dtype], str(self.aligned).lower(), f"tpfuse::Turn::{self.turn}"
         if self.kernel == "row":
             padded = [power_of_two(n) for n in self.groups] + [0] * (2 - len(self.groups))
             template = (kind, self.world, *padded, aligned, ROW_WARPS, self.resident, turn)
             return f"tpfuse::norm_by_row<{', '.join(map(str, template))}>"
-        deep = str(self.deep).lower()
+        deep = str(self.deep(arch)).lower()
         template = (kind, len(self.groups), self.world, self.vectors, self.rows, deep, aligned)
         return f"tpfuse::norm_by_block<{', '.join(map(str, (*template, self.threads, self.budgeted, turn)))}>"
 
@@ -148,6 +158,8 @@ def variants(worlds: Sequence[int] = (2, 3, 4, 8)) -> Iterator[Variant]:
         (768, 128),
         (3072, 512),
         (6144, 1024),
+        (2048, 512),
+        (8448, 8448),
         (16384, 16384),
     )
     seen = set()
@@ -228,7 +240,7 @@ class ShardedNorm:
                     "a CUDA graph is being captured. Call it once with this dtype and these widths, and as many rows, "
                     "before the capture."
                 )
-            made = compile_kernel(source(), variant.name_expression, arch=self._arch)
+            made = compile_kernel(source(), variant.name_expression(self._arch), arch=self._arch)
             found = self._launchers[variant] = Launcher(
                 load(made, self._index), LAYOUT, fixed=self._fixed[len(variant.groups)], block=variant.threads, pdl=True
             )
