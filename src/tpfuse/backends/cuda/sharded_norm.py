@@ -100,8 +100,8 @@ class Variant:
 
     @property
     def resident(self) -> int:
-        """Blocks on a multiprocessor that the grid is made for; not a matter of alignment, which may differ by rank. One
-        block of wide rows takes all registers."""
+        """Blocks on a multiprocessor that the grid is made for; not a matter of alignment, which may differ by rank.
+        One block of wide rows takes all registers."""
         if self.kernel == "row":
             return ROW_RESIDENT
         return 1 if self.vectors > 1 else max(1, min(16, RESIDENT_THREADS // self.threads))
