@@ -156,9 +156,9 @@ def logits(rank: Rank, path: Path, mode: str, distributed: dict[str, Any] | None
         return found
 
 
-def greedy(rank: Rank, path: Path, mode: str, tokens: int = 64, **settings: Any) -> Tensor:
+def greedy(rank: Rank, path: Path, mode: str, tokens: int = 64, settings: dict[str, Any] | None = None) -> Tensor:
     with closing(load(path, mode, rank.world)) as model:
-        return model.generate(torch.tensor(PROMPT), max_new_tokens=tokens, do_sample=False, **settings)
+        return model.generate(torch.tensor(PROMPT), max_new_tokens=tokens, do_sample=False, **(settings or {}))
 
 
 def saved(rank: Rank, path: Path, into: Path, mode: str) -> None:

@@ -74,7 +74,8 @@ class Architecture:
     norms: the norms that may find a deferred sum before them; `norm_eps`, `norm_bias`: their field of eps and what is
     added to their gamma. final_norm: the one behind the last layer.
     shards, and beside it one of tensor_experts and expert_parallel: what is divided.
-    local, expert_local: fields of modules that count what one rank has, always and with expert parallelism. forwards: modules whose forward is replaced in every mode.
+    local, expert_local: fields of modules that count what one rank has, always and with expert parallelism.
+    forwards: modules whose forward is replaced in every mode.
     check: raises Unsupported for what can't be divided, where Segments don't say it.
     """
 

@@ -1,8 +1,8 @@
 """Nemotron-H: layers of one norm and one mixer, which is Mamba2, attention, an MLP or an MoE block.
 
 Mamba2 is divided by groups, with the heads and states that belong to them. Its in_proj and conv1d are several things
-side by side (gate, x, B, C, dt), each divided on its own. The gated norm spans a group, so it stays on its rank while no
-group is cut: more ranks than groups are refused. In an MoE block the partial sums of routed and shared experts are
+side by side (gate, x, B, C, dt), each divided on its own. The gated norm spans a group, so it stays on its rank while
+no group is cut: more ranks than groups are refused. In an MoE block the partial sums of routed and shared experts are
 added before the one reduction; what stands between (the latent projection) is linear, and its bias is added once.
 """
 
