@@ -81,7 +81,14 @@ def test_a_plan_can_not_be_changed():
 
 @pytest.mark.parametrize(
     ("modes", "one"),
-    [([], "none"), (["off"], "off"), (["fused", "fused"], "fused"), (["fused", "control"], "mixed")],
+    [
+        ([], "none"),
+        (["off"], "off"),
+        (["fused", "fused"], "fused"),
+        (["fused", "control"], "mixed"),
+        (["fused", "any"], "fused"),
+        (["any"], "none"),
+    ],
 )
 def test_parts_of_different_modes_are_mixed(modes, one):
     assert combined_mode(modes) == one
