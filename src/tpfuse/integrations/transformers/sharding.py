@@ -120,6 +120,8 @@ class Sharding:
 
 def placement_of(split: Split, full: Tensor, world: int) -> Placement | None:
     """How the loader can read just this rank's part; None: it can't, and reads the whole. See the design record."""
+    if full.dim() == 1:  # transformers initialises some from a whole tensor, if the checkpoint lacks them
+        return None
     even = all(segment.units % world == 0 for segment in split.segments)
     if even and len(split.segments) == 1:
         return Shard(split.dim)
