@@ -109,7 +109,11 @@ class Variant:
     @property
     def budgeted(self) -> int:
         """Blocks on a multiprocessor that the registers allow; rows of any alignment take more of them."""
-        return self.resident if self.aligned or self.kernel == "row" else max(1, self.resident // 2)
+        if self.aligned:
+            return self.resident
+        if self.kernel == "row":
+            return ROW_RESIDENT - (self.turn != "none")
+        return max(1, self.resident // 2)
 
     @property
     def register_budget(self) -> int:
@@ -121,7 +125,7 @@ class Variant:
         kind, aligned, turn = KINDS[self.dtype], str(self.aligned).lower(), f"tpfuse::Turn::{self.turn}"
         if self.kernel == "row":
             padded = [power_of_two(n) for n in self.groups] + [0] * (2 - len(self.groups))
-            template = (kind, self.world, *padded, aligned, ROW_WARPS, self.resident, turn)
+            template = (kind, self.world, *padded, aligned, ROW_WARPS, self.budgeted, turn)
             return f"tpfuse::norm_by_row<{', '.join(map(str, template))}>"
         deep = str(self.deep(arch)).lower()
         template = (kind, len(self.groups), self.world, self.vectors, self.rows, deep, aligned)
