@@ -11,7 +11,8 @@ import pytest
 import tpfuse
 
 PUBLIC = {
-    "Communicator", "NormOutput", "Plan", "Rope", "TpfuseError", "__version__", "errors", "nn", "ops", "reference",
+    "Communicator", "NormOutput", "Plan", "Rope", "TpfuseError", "__version__",
+    "errors", "nn", "ops", "quant", "reference",
 }  # fmt: skip
 
 
