@@ -1,0 +1,154 @@
+"""The rows of a model's benchmark, what is told from them, and their table and picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from tpfuse.bench.plot import INK, QUIET, RC, check_plot
+from tpfuse.bench.records import short_commit, short_gpu
+from tpfuse.bench.report import CPU_NOTE
+from tpfuse.errors import InvalidArgument
+from tpfuse.plan import combined_mode
+
+STOCK = "stock"
+COLOURS: Mapping[str, str] = {STOCK: "#999999", "off": "#56B4E9", "control": "#0072B2", "fused": "#D55E00"}
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """One workload of one model in one mode. "stock" is transformers' own TP plan: it has no modes, so the mode fields
+    are empty. Times are the maximum over ranks of their medians."""
+
+    preset: str
+    impl: str  # "tpfuse", or "stock"
+    requested_mode: str
+    effective_mode: str
+    reason: str  # why the effective mode is not the requested one
+    layers: int
+    world: int
+    concurrency: int
+    input_len: int
+    output_len: int
+    dtype: str
+    graphs: bool  # decode ran in a CUDA graph
+    experts: str  # transformers' implementation of the experts; empty for its default
+    ttft_s: float | None  # prompt to first token
+    tpot_s: float | None  # (latency - ttft) / (output_len - 1)
+    total_tok_s: float | None  # input and output tokens
+    output_tok_s: float | None
+    tok_s_per_gpu: float | None  # of output_tok_s
+    memory_gib: float | None  # the most that torch had allocated on one GPU
+    collectives_per_layer: float | None  # of one decode step
+    ok: bool
+    error: str
+    gpu: str
+    driver: str
+    versions: dict[str, str]
+    commit: str
+
+    @property
+    def name(self) -> str:
+        """The mode that was asked for, as it is called in tables."""
+        return self.requested_mode or STOCK
+
+
+def effective_mode(records: Sequence[ModelRecord]) -> str:
+    """Of the rows of tpfuse that ran: what file names carry."""
+    found = sorted({record.effective_mode for record in records if record.ok and record.impl != STOCK})
+    return "+".join(found) if found else (STOCK if any(r.ok for r in records) else combined_mode(()))
+
+
+def result_name(records: Sequence[ModelRecord]) -> str:
+    """`model-minimax-m2-h200x4-control+fused.jsonl`: the modes are the EFFECTIVE ones."""
+    if not records:
+        raise InvalidArgument("result_name: no records, so there is no machine and no mode to name.")
+    first = records[0]
+    return f"model-{first.preset}-{short_gpu(first.gpu)}x{first.world}-{effective_mode(records)}.jsonl"
+
+
+def report(records: Sequence[ModelRecord]) -> RenderableType:
+    """A table, one row for each workload and mode, and every failure with its reason."""
+    if not records:
+        return Text("nothing was measured", style="yellow")
+    first = records[0]
+    graphs = "decode in CUDA graphs" if first.graphs else "no CUDA graphs"
+    shape = f"{first.layers} layers, {first.input_len} in, {first.output_len} out, {first.dtype}, {graphs}"
+    parts: list[RenderableType] = [
+        escape(f"{first.world} ranks on {first.gpu}, commit {short_commit(first.commit)}"),
+        f"{first.preset}: {shape}",
+    ]
+    table = Table()
+    for name in ("requests", "requested", "effective"):
+        table.add_column(name)
+    for name in ("TTFT ms", "TPOT ms", "output tok/s", "a GPU", "vs stock", "GiB", "collectives a layer"):
+        table.add_column(name, justify="right")
+    for r in records:
+        numbers = (_ms(r.ttft_s), _ms(r.tpot_s), _number(r.output_tok_s), _number(r.tok_s_per_gpu))
+        more = (ratio(r, records), _number(r.memory_gib), _number(r.collectives_per_layer))
+        table.add_row(str(r.concurrency), r.name, r.effective_mode if r.ok else "failed", *numbers, *more)
+    parts.append(table)
+    parts += [Text(f"{r.name}, {r.concurrency} requests: {r.error}", style="red") for r in records if not r.ok]
+    parts += [
+        Text(f"not as requested: {reason}", style="yellow") for reason in sorted({r.reason for r in records} - {""})
+    ]
+    if first.gpu.startswith("CPU"):
+        parts.append(Text(CPU_NOTE, style="yellow"))
+    return Group(*parts)
+
+
+def ratio(record: ModelRecord, records: Sequence[ModelRecord]) -> str:
+    """Output tokens a second over the stock plan's at the same workload."""
+    for other in records:
+        same = other.concurrency == record.concurrency and other.impl == STOCK != record.impl
+        if same and other.output_tok_s and record.output_tok_s:
+            return f"{record.output_tok_s / other.output_tok_s:.2f}x"
+    return ""
+
+
+def plot(records: Sequence[ModelRecord], path: Path) -> None:
+    """Bars of output tokens a second, and of the time a token, for each number of requests. Raises InvalidArgument."""
+    check_plot(path)
+    ran = [record for record in records if record.ok]
+    if not ran:
+        raise InvalidArgument("plot: no row has a time, so there is nothing to draw.")
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    first = ran[0]
+    counts = sorted({record.concurrency for record in ran})
+    names = list(dict.fromkeys(record.name for record in ran))
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(9.5, 3.6), dpi=160, facecolor="white", layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(
+            f"{first.preset}, {first.layers} layers, TP{first.world} on {first.gpu}: effective {effective_mode(ran)}",
+            color=INK,
+            fontsize=11,
+        )
+        panels = (("output tokens a second", "output_tok_s", 1.0), ("ms a token", "tpot_s", 1e3))
+        for axes, (title, field, factor) in zip(figure.subplots(1, 2), panels, strict=True):
+            for at, name in enumerate(names):
+                values = {r.concurrency: getattr(r, field) for r in ran if r.name == name}
+                places = [index + (at - (len(names) - 1) / 2) * 0.8 / len(names) for index in range(len(counts))]
+                heights = [(values.get(count) or 0.0) * factor for count in counts]
+                axes.bar(places, heights, 0.75 / len(names), label=name, color=COLOURS.get(name, QUIET))
+            axes.set_title(title, fontsize=10)
+            axes.set_xticks(range(len(counts)), [f"{count} requests" for count in counts])
+        figure.axes[0].legend(frameon=False)
+        figure.savefig(path)
+
+
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
