@@ -1,5 +1,5 @@
-"""The command line: `tpfuse info`, `tpfuse check`, `tpfuse bench ops`. It starts its own ranks, or runs as one of them
-under torchrun. Bad input is one line on stderr and exit code 2; a failed check is exit code 1.
+"""The command line: `tpfuse info`, `check`, `generate`, `bench ops`, `bench model`. It starts its own ranks, or runs as
+one of them under torchrun. Bad input is one line on stderr and exit code 2; a failed check is exit code 1.
 
 Modules that import torch are imported inside the commands, so that `--help` is quick.
 """
@@ -131,6 +131,84 @@ def bench_ops(
         )
     if _speaks():
         ops.finish(Console(), records, json, plot, preset)
+
+
+@bench.command("model")
+def bench_model(
+    preset: Annotated[str, typer.Option(help="minimax-m2, minimax-m3, nemotron-h, or a tiny-... one for a CPU.")] = (
+        "minimax-m2"
+    ),
+    layers: Annotated[int | None, typer.Option(help="The first so many layers.", show_default="all")] = None,
+    tp: World = None,
+    device: Device = None,
+    concurrency: Annotated[str, typer.Option(help="Requests at once, e.g. 1,10,64.")] = "1,10,64",
+    input_len: Annotated[int, typer.Option("--in", help="Tokens of a prompt.")] = 2048,
+    output_len: Annotated[int, typer.Option("--out", help="Tokens that a request gets.")] = 256,
+    modes: Annotated[str, typer.Option(help="Of stock (transformers' own plan), off, control, fused.")] = (
+        "stock,off,control,fused"
+    ),
+    graphs: Annotated[bool, typer.Option(help="Decode in CUDA graphs, on GPUs.")] = True,
+    experts: Annotated[str, typer.Option(help="transformers' implementation of the experts.", show_default="its")] = "",
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file, a JSON line each.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a plot to this file: .png, .pdf or .svg.")] = None,
+) -> None:
+    """Time a whole model with random weights: prompt and decode."""
+    from tpfuse.bench import model, model_records
+    from tpfuse.bench.ops import parse_tokens
+    from tpfuse.bench.plot import check_plot
+    from tpfuse.bench.records import write
+
+    device = _device(device)
+    if plot is not None:
+        check_plot(plot)
+    for path in (json, plot):
+        if path is not None:
+            _check_writable(path)
+    workload = model.Workload(parse_tokens(concurrency), input_len, output_len, graphs, experts)
+    asked = [mode.strip() for mode in modes.split(",")]
+    with _progress(f"bench {preset}") as progress:
+        records = model.run(
+            preset, layers=layers, world=tp, device_type=device, modes=asked, workload=workload, progress=progress
+        )
+    if not _speaks():
+        return
+    if json is not None:
+        write(records, json)  # type: ignore[arg-type]
+    Console().print(model_records.report(records))
+    if plot is not None:
+        model_records.plot(records, plot)
+    for path in (json, plot):
+        if path is not None:
+            print(f"written: {path}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="A folder with config.json and safetensors, or a preset.")],
+    prompt: Annotated[str, typer.Option(help="Text; token numbers as in 1,5,7 where there is no tokenizer.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    tp: World = None,
+    device: Device = None,
+    mode: Mode = "fused",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="the checkpoint's")
+    ] = None,
+) -> None:
+    """Generate from a model of transformers, divided over ranks. Text on stdout, what ran on stderr."""
+    from tpfuse.integrations.transformers import generate as generating
+
+    def show(done: int, total: int, text: str) -> None:
+        print(text, end="", flush=True)
+
+    device = _device(device)
+    settings: Any = {"tokens": tokens, "mode": mode, "world": tp, "device_type": device, "dtype": dtype}
+    found = generating.run(model, prompt, **settings, progress=show)
+    if _speaks():
+        print()
+        why = f" ({'; '.join(found.reasons)})" if found.reasons else ""
+        rate = len(found.tokens) / found.seconds
+        modes = f"requested {found.requested_mode}, effective {found.effective_mode}{why}"
+        print(f"{len(found.tokens)} tokens, {rate:.1f} a second; {modes}", file=sys.stderr)
 
 
 def _help_alone(context: typer.Context) -> None:

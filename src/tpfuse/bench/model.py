@@ -118,11 +118,9 @@ def job(
 
 def make_model(preset: ModelPreset, layers: int | None, mode: str, world: int, experts: str = "") -> Any:
     """The model on this rank, with random weights."""
-    import transformers
-
     from tpfuse.integrations.transformers import load
 
-    config = getattr(transformers, preset.config)(**preset.with_layers(layers))
+    config = load.config_of(preset, layers)
     if experts:
         config._experts_implementation = experts
     return load.random(config, None if mode == STOCK else mode, world, preset.dtype)

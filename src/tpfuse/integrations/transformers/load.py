@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.integrations.transformers.integration import Applied, disable, enable
+from tpfuse.presets import ModelPreset
 
 
 def from_folder(folder: Path, mode: str | None, world: int, dtype: torch.dtype | None) -> Any:
@@ -24,6 +25,11 @@ def from_folder(folder: Path, mode: str | None, world: int, dtype: torch.dtype |
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     settings = {"use_safetensors": True, "local_files_only": True, "dtype": dtype or config.dtype}
     return _load(_class_of(config), str(folder), mode, world, config=config, **settings)
+
+
+def config_of(preset: ModelPreset, layers: int | None = None) -> Any:
+    """The configuration of a preset, of its first so many layers."""
+    return getattr(_transformers(), preset.config)(**preset.with_layers(layers))
 
 
 def random(config: Any, mode: str | None, world: int, dtype: torch.dtype) -> Any:
