@@ -63,5 +63,76 @@ def continuous(rank: Rank, path: Path, mode: str, tokens: int) -> list[list[int]
 
     with tiny.closing(tiny.load(path, mode, rank.world)) as model:
         settings = transformers.GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
-        results = model.generate_batch(inputs=PROMPT, generation_config=settings)
-        return [output.generated_tokens for output in results.values()]
+        cache = transformers.ContinuousBatchingConfig(block_size=16, num_blocks=16, max_batch_tokens=32)
+        results = model.generate_batch(
+            inputs=PROMPT, generation_config=settings, continuous_batching_config=cache, warmup=False
+        )
+        return [results[name].generated_tokens for name in sorted(results)]
+
+
+def layer_alone(rank: Rank, path: Path) -> Any:
+    """The output of a layer that is called outside of the model's forward."""
+    with tiny.closing(tiny.load(path, "fused", rank.world)) as model, torch.no_grad():
+        x = torch.randn(1, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        angles = model.model.rotary_emb(x, torch.arange(3).unsqueeze(0))
+        return model.model.layers[0](x, position_embeddings=angles)
+
+
+def reloaded(rank: Rank, path: Path) -> list[Tensor]:
+    """Logits; with all weights zero; and with the checkpoint's tensors loaded again."""
+    with tiny.closing(tiny.load(path, "fused", rank.world)) as model:
+        found = [model(torch.tensor(PROMPT)).logits]
+        kept = {
+            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+            for name, tensor in model.state_dict().items()
+        }
+        divided = model._tpfuse.sharding
+        kept = {name: tensor for name, tensor in divided.join(kept).items() if name in divided.parts}
+        for name in kept:
+            model.get_parameter(name).data.zero_()
+        found.append(model(torch.tensor(PROMPT)).logits)
+        model.load_state_dict(kept, strict=False)
+        return [*found, model(torch.tensor(PROMPT)).logits]
+
+
+def typed(rank: Rank, path: Path, mode: str, dtype: torch.dtype) -> Tensor:
+    """Logits of the model in another dtype."""
+    with tiny.closing(tiny.load(path, mode, rank.world, dtype=dtype)) as model:
+        return model(torch.tensor(PROMPT)).logits.detach()
+
+
+def refused(rank: Rank, path: Path, world: int) -> None:
+    """What is checked before anything is loaded, for more ranks than there are."""
+    import transformers
+
+    from tpfuse.integrations.transformers.architecture import pattern_of
+    from tpfuse.integrations.transformers.architectures import ARCHITECTURES
+    from tpfuse.integrations.transformers.sharding import parameters_of
+
+    with torch.device("meta"):
+        base = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(path))
+    rules = ARCHITECTURES[type(base).__name__].rules(False)
+    for name, module, parameter in parameters_of(base):
+        rule = rules.get(pattern_of(name))
+        if rule and (split := rule.split(base.config, module._parameters[parameter])):
+            for segment in split.segments:
+                segment.check(world, name)
+
+
+def unknown(rank: Rank) -> tuple[Tensor, list[str], Tensor]:
+    """A model that tpfuse has no description of, through `enable()`; what was warned of; its logits undivided."""
+    import tempfile
+    import warnings
+
+    import transformers
+
+    config = transformers.MistralConfig(**tiny.COMMON, intermediate_size=64)
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(config).eval()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_pretrained(folder)
+        divided = tiny.load(Path(folder), "fused", rank.world)
+    prompt = torch.tensor(PROMPT)
+    with torch.no_grad():
+        return divided(prompt).logits, [str(warning.message) for warning in caught], model(prompt).logits

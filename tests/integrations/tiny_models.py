@@ -117,7 +117,7 @@ def randomise(model: torch.nn.Module) -> None:
         tensor.data.copy_(noise * scale + (1.0 if "norm" in name and "M3" not in type(model).__name__ else 0.0))
 
 
-def load(path: Path, mode: str, world: int, **distributed: Any) -> Any:
+def load(path: Path, mode: str, world: int, *, dtype: torch.dtype = torch.float32, **distributed: Any) -> Any:
     """The model on this rank. mode: tpfuse's, or "stock", or "whole" for one that is not divided."""
     import transformers
     from transformers.distributed import DistributedConfig
@@ -130,7 +130,7 @@ def load(path: Path, mode: str, world: int, **distributed: Any) -> Any:
         fused.enable(mode)
     config = DistributedConfig(tp_size=world, tp_plan="auto", **distributed) if mode != "whole" and world > 1 else None
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, distributed_config=config)
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, distributed_config=config)
     finally:
         fused.disable()
 

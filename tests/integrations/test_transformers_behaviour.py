@@ -1,0 +1,178 @@
+"""What people do with a model beside calling it: other caches, compilation, hooks, mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import behaviour as jobs
+import pytest
+import tiny_models as tiny
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'tpfuse[transformers]'")
+
+from tpfuse.errors import InvalidArgument, Unsupported
+from tpfuse.integrations import transformers as integration
+
+ONE_OF_EACH = pytest.mark.parametrize("name", ["llama", "minimax-m2", "minimax-m3", "nemotron-h"])
+
+
+def make(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make(name, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    made: dict[str, Path] = {}
+    return lambda name: made.setdefault(name, made.get(name) or make(name, tmp_path_factory))
+
+
+def whole(on_ranks, path):
+    return on_ranks(1, tiny.logits, path, "whole")[0]["logits"]
+
+
+# Caches
+
+
+@pytest.mark.parametrize(("name", "heads"), [("minimax-m2", 1), ("minimax-m2, few KV heads", 1), ("nemotron-h", 1)])
+def test_a_rank_caches_its_own_heads(name, heads, checkpoint, on_ranks):
+    for shapes in on_ranks(4, jobs.cache_shapes, checkpoint(name), "fused"):
+        assert {shape[1] for shape in shapes} == {heads}
+
+
+@ONE_OF_EACH
+def test_a_static_cache_gives_the_same_tokens(name, checkpoint, on_ranks):
+    settings = {"cache_implementation": "static"}
+    expected = on_ranks(1, tiny.greedy, checkpoint(name), "whole", 24)[0]
+    for tokens in on_ranks(2, tiny.greedy, checkpoint(name), "fused", 24, settings):
+        assert torch.equal(tokens, expected)
+
+
+def test_continuous_batching_gives_the_same_tokens(checkpoint, on_ranks):
+    path = checkpoint("minimax-m2")
+    expected = on_ranks(1, tiny.greedy, path, "whole", 8)[0][:, len(tiny.PROMPT[0]) :].tolist()
+    assert on_ranks(2, jobs.continuous, path, "fused", 8)[0] == expected
+
+
+# Experts over the ranks
+
+
+@pytest.mark.parametrize("mode", ["off", "fused"])
+@pytest.mark.parametrize("name", ["minimax-m2", "minimax-m3"])
+def test_expert_parallel(name, mode, checkpoint, on_ranks):
+    expected = whole(on_ranks, checkpoint(name))
+    for found in on_ranks(2, tiny.logits, checkpoint(name), mode, {"enable_expert_parallel": True}):
+        assert (found["logits"] - expected).abs().max() <= 1e-5
+        assert found["calls"] == tiny.expected_calls(name, mode)
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("mode", ["off", "fused"])
+@ONE_OF_EACH
+def test_compiled_as_one_graph(name, mode, checkpoint, on_ranks):
+    expected = whole(on_ranks, checkpoint(name))
+    for found in on_ranks(2, jobs.compiled, checkpoint(name), mode, "aot_eager"):
+        assert all((logits - expected).abs().max() <= 1e-5 for logits in found["logits"])
+        assert found["graphs"] == 1
+        assert found["calls"] == {op: 2 * calls for op, calls in tiny.expected_calls(name, mode).items()}
+
+
+# Looking inside
+
+
+@ONE_OF_EACH
+def test_hidden_states_are_whole_and_later_forwards_defer_again(name, checkpoint, on_ranks):
+    expected = on_ranks(1, jobs.hidden_states, checkpoint(name), "whole")[0]["hidden_states"]
+    for found in on_ranks(2, jobs.hidden_states, checkpoint(name), "fused"):
+        assert len(found["hidden_states"]) == len(expected)
+        for ours, theirs in zip(found["hidden_states"], expected, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5
+        assert found["calls"] == tiny.expected_calls(name, "fused")
+
+
+@pytest.mark.parametrize("module", ["layers.0", "layers.1.mlp", "layers.1.self_attn", "layers.2", "norm"])
+@pytest.mark.parametrize("name", ["llama", "minimax-m2"])
+def test_a_hook_sees_what_it_would_see_in_the_whole_model(name, module, checkpoint, on_ranks):
+    expected = on_ranks(1, jobs.hooked, checkpoint(name), "whole", module)[0]
+    for found in on_ranks(2, jobs.hooked, checkpoint(name), "fused", module):
+        assert (found["seen"] - expected["seen"]).abs().max() <= 1e-5
+        assert (found["logits"] - expected["logits"]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("module", ["layers.1", "norm"])
+def test_a_hook_before_a_layer_sees_a_tensor(module, checkpoint, on_ranks):
+    expected = on_ranks(1, jobs.hooked, checkpoint("llama"), "whole", module, True)[0]
+    for found in on_ranks(2, jobs.hooked, checkpoint("llama"), "fused", module, True):
+        assert (found["seen"] - expected["seen"]).abs().max() <= 1e-5
+
+
+def test_a_layer_called_alone_reduces_at_once(checkpoint, on_ranks):
+    for found in on_ranks(2, jobs.layer_alone, checkpoint("llama")):
+        assert isinstance(found, torch.Tensor)
+
+
+# Weights
+
+
+@ONE_OF_EACH
+def test_a_state_dict_is_loaded_again(name, checkpoint, on_ranks):
+    for before, cleared, after in on_ranks(2, jobs.reloaded, checkpoint(name)):
+        assert not torch.equal(before, cleared)
+        assert torch.equal(before, after)
+
+
+def test_sixteen_bits_are_no_further_from_fp64_than_stock(checkpoint, on_ranks):
+    for name in ("llama", "qwen3"):
+        exact = on_ranks(1, jobs.typed, checkpoint(name), "whole", torch.float64)[0].double()
+        errors = {
+            mode: (on_ranks(2, jobs.typed, checkpoint(name), mode, torch.bfloat16)[0].double() - exact).square().mean()
+            for mode in ("stock", "fused")
+        }
+        assert errors["fused"] <= 1.1 * errors["stock"], name
+
+
+# Refusals
+
+
+def test_what_does_not_divide_is_refused_with_the_reason(checkpoint, on_ranks):
+    with pytest.raises(Unsupported, match=r"layers\.0\.mixer\.A_log: 4 groups don't divide over 8 ranks"):
+        on_ranks(2, jobs.refused, checkpoint("nemotron-h"), 8)
+
+
+def test_a_model_that_is_not_ours_says_so():
+    with pytest.raises(InvalidArgument, match=r"Linear: not a model of tpfuse\. Call enable"):
+        integration.applied(torch.nn.Linear(1, 1))
+
+
+def test_unknown_modes_are_refused():
+    with pytest.raises(InvalidArgument, match="mode='fast'; supported: off, control, fused"):
+        integration.enable("fast")
+
+
+def test_another_transformers_is_refused(monkeypatch):
+    from transformers.distributed import mixin
+
+    monkeypatch.setattr(mixin, "apply_tensor_parallelism", lambda model: model)
+    with pytest.raises(Unsupported, match=r"apply_tensor_parallelism\(model, tp_mesh\) is not what this"):
+        integration.enable()
+
+
+def test_disable_puts_everything_back():
+    from transformers import PreTrainedModel
+    from transformers.distributed import mixin
+
+    before = mixin.apply_tensor_parallelism, PreTrainedModel.__dict__["_finalize_model_loading"]
+    integration.enable()
+    integration.enable("control")
+    assert mixin.apply_tensor_parallelism is not before[0]
+    integration.disable()
+    integration.disable()
+    assert (mixin.apply_tensor_parallelism, PreTrainedModel.__dict__["_finalize_model_loading"]) == before
+
+
+def test_an_unknown_architecture_runs_by_the_stock_plan_and_says_so(on_ranks):
+    for logits, warnings, expected in on_ranks(2, jobs.unknown):
+        assert (logits - expected).abs().max() <= 1e-5
+        assert any("MistralForCausalLM runs by transformers' own TP plan" in warning for warning in warnings)
