@@ -137,7 +137,7 @@ def test_sixteen_bits_are_no_further_from_fp64_than_stock(checkpoint, on_ranks):
 
 
 def test_what_does_not_divide_is_refused_with_the_reason(checkpoint, on_ranks):
-    with pytest.raises(Unsupported, match=r"layers\.0\.mixer\.A_log: 4 groups don't divide over 8 ranks"):
+    with pytest.raises(Unsupported, match=r"layers\.0\.mixer\.dt_bias: 4 groups don't divide over 8 ranks"):
         on_ranks(2, jobs.refused, checkpoint("nemotron-h"), 8)
 
 
@@ -172,7 +172,8 @@ def test_disable_puts_everything_back():
     assert (mixin.apply_tensor_parallelism, PreTrainedModel.__dict__["_finalize_model_loading"]) == before
 
 
-def test_an_unknown_architecture_runs_by_the_stock_plan_and_says_so(on_ranks):
-    for logits, warnings, expected in on_ranks(2, jobs.unknown):
+def test_an_unknown_architecture_runs_by_the_stock_plan_and_says_so(checkpoint, on_ranks):
+    expected = whole(on_ranks, checkpoint("mistral"))
+    for logits, warnings in on_ranks(2, jobs.unknown, checkpoint("mistral")):
         assert (logits - expected).abs().max() <= 1e-5
         assert any("MistralForCausalLM runs by transformers' own TP plan" in warning for warning in warnings)

@@ -87,6 +87,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron-h": ("NemotronHConfig", NEMOTRON_H),
     "nemotron-h, latent experts": ("NemotronHConfig", {**NEMOTRON_H, "moe_latent_size": 16, "use_bias": True}),
 }
+UNKNOWN = {"mistral": ("MistralConfig", {"intermediate_size": 64})}  # to tpfuse
 
 
 def expected_calls(name: str, mode: str) -> dict[str, int]:
@@ -99,7 +100,7 @@ def make(name: str, folder: Path) -> Path:
     """A checkpoint of a tiny random model, in fp32."""
     import transformers
 
-    kind, fields = CONFIGS[name]
+    kind, fields = (CONFIGS | UNKNOWN)[name]
     config = getattr(transformers, kind)(**{**COMMON, **fields})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomise(model)
