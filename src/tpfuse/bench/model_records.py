@@ -85,9 +85,9 @@ def report(records: Sequence[ModelRecord]) -> RenderableType:
         f"{first.preset}: {shape}",
     ]
     table = Table()
-    for name in ("requests", "requested", "effective"):
+    for name in ("requests", "mode", "effective"):
         table.add_column(name)
-    for name in ("TTFT ms", "TPOT ms", "output tok/s", "a GPU", "vs stock", "GiB", "collectives a layer"):
+    for name in ("TTFT ms", "TPOT ms", "tok/s", "a GPU", "vs stock", "GiB", "coll./layer"):
         table.add_column(name, justify="right")
     for r in records:
         numbers = (_ms(r.ttft_s), _ms(r.tpot_s), _number(r.output_tok_s), _number(r.tok_s_per_gpu))

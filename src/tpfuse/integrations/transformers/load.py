@@ -5,6 +5,7 @@ calls it; without a mode the model runs by transformers' own TP plan.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def random(config: Any, mode: str | None, world: int, dtype: torch.dtype) -> Any
     """A model of this configuration. Each rank makes its own shards of the weights, on its device; what the ranks have
     in common, they have alike."""
     torch.manual_seed(0)
-    model = _load(_class_of(config), None, mode, world, config=config, state_dict={}, dtype=dtype)
+    with warnings.catch_warnings():  # that DTensors of CPUs may differ between ranks: what is common is sent below
+        warnings.filterwarnings("ignore", "DTensor random operators", UserWarning)
+        model = _load(_class_of(config), None, mode, world, config=config, state_dict={}, dtype=dtype)
     if world > 1:
         divided = model._tpfuse.sharding.parts if isinstance(getattr(model, "_tpfuse", None), Applied) else {}
         for name, parameter in model.named_parameters():
