@@ -76,6 +76,7 @@ class Architecture:
     shards, and beside it one of tensor_experts and expert_parallel: what is divided.
     local, expert_local: fields of modules that count what one rank has, always and with expert parallelism.
     forwards: modules whose forward is replaced in every mode.
+    together: Linears of a module whose weights lie in one tensor, its `together`, for forwards that multiply once.
     check: raises Unsupported for what can't be divided, where Segments don't say it.
     """
 
@@ -89,6 +90,7 @@ class Architecture:
     local: Mapping[str, Local] = field(default_factory=dict)
     expert_local: Mapping[str, Local] = field(default_factory=dict)
     forwards: Mapping[str, MakeForward] = field(default_factory=dict)
+    together: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     check: Callable[[Config, int], None] = lambda config, world: None
     layers: str = "layers"
     final_norm: str = "norm"

@@ -44,6 +44,7 @@ class Applied:
     """What tpfuse did to one model. `applied(model)` finds it."""
 
     architecture: Architecture
+    base: nn.Module
     mode: str
     comm: Communicator
     deferral: Deferral
@@ -158,8 +159,10 @@ def _finish(model: Any, load_config: Any, loading_info: Any) -> Any:
     """In the place of transformers' _finalize_model_loading: afterwards, parameters become plain local tensors."""
     assert _enabled is not None
     info = _enabled.finish.stock(model, load_config, loading_info)
-    if isinstance(getattr(model, "_tpfuse", None), Applied):
-        model._tpfuse.sharding.finish()
+    made = getattr(model, "_tpfuse", None)
+    if isinstance(made, Applied):
+        made.sharding.finish()
+        made.sharding.put_together(made.base, made.architecture)
         model.requires_grad_(False)
     return info
 
@@ -178,7 +181,7 @@ def shard(model: Any, base: Any, prefix: str, mesh: DeviceMesh, mode: str, setti
     deferral = Deferral(comm)
     _give_forwards(base, architecture, expert_parallel, deferral, Place(world, deferring=mode != "off"))
     _save_in_order(model, sharding)
-    return Applied(architecture, mode, comm, deferral, sharding)
+    return Applied(architecture, base, mode, comm, deferral, sharding)
 
 
 def _apply_stock_plan(

@@ -74,6 +74,16 @@ class Sharding:
             module.register_state_dict_post_hook(self._giving(own))
             module.register_load_state_dict_pre_hook(self._taking(own))
 
+    def put_together(self, base: nn.Module, architecture: Architecture) -> None:
+        """After `finish`: weights that one matrix product uses become views of one tensor."""
+        for name, module in base.named_modules():
+            linears = [module.get_submodule(linear) for linear in architecture.together.get(pattern_of(name), ())]
+            if linears:
+                weights: list[Any] = [linear.weight for linear in linears]
+                module.together = torch.cat(weights)
+                for linear, view in zip(linears, module.together.split([len(w) for w in weights]), strict=True):
+                    linear.weight = nn.Parameter(view, requires_grad=False)
+
     def _local(self, part: Part, loaded: Tensor) -> Tensor:
         if part.split is None:
             part.whole = loaded.detach()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from tpfuse.communicator import Communicator
 from tpfuse.errors import Unsupported
@@ -71,8 +72,9 @@ def normed_attention(module: Module, comm: Communicator) -> Forward:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = module.q_proj(hidden_states), module.k_proj(hidden_states), module.v_proj(hidden_states)
         gammas = module.q_norm.weight, module.k_norm.weight
+        widths = len(gammas[0]), len(gammas[1]), len(gammas[1])
+        q, k, v = linear(hidden_states, module.together).split(widths, -1)
         q, k = comm.qk_rms_norm(q, k, *gammas, eps=eps, rope=position_embeddings)
         q, k, v = (states.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for states in (q, k, v))
         if past_key_values is not None:
@@ -104,6 +106,7 @@ MINIMAX_M2 = Architecture(
     local={"layers.*.self_attn": local_groups},
     expert_local={"layers.*.mlp.experts": local_experts},
     forwards={"rotary_emb": rotary, "layers.*.self_attn": normed_attention},
+    together={"layers.*.self_attn": ("q_proj", "k_proj", "v_proj")},
 )
 
 
@@ -135,6 +138,7 @@ MINIMAX_M3 = replace(
     },
     local={"layers.*.self_attn": local_groups, "layers.*.self_attn.indexer": local_indexer},
     forwards={},
+    together={},
     check=check_indexer,
     norm_eps="eps",
     norm_bias=1.0,
