@@ -35,7 +35,7 @@ from tpfuse.integrations.transformers.architectures import ARCHITECTURES
 from tpfuse.integrations.transformers.sharding import Sharding
 from tpfuse.plan import MODES, Report
 
-MINIMUM = "5.17"
+SUPPORTED = "5.17 and 5.23"
 ROUTER = "ep_router"  # the stock style that stays inside of a mixer
 
 
@@ -58,13 +58,14 @@ class Applied:
 class _Seam:
     """A function of transformers that is replaced between `put` and `take`."""
 
-    def __init__(self, owner: Any, name: str, parameters: tuple[str, ...], ours: Callable[..., Any]) -> None:
+    def __init__(self, owner: Any, name: str, known: tuple[str, ...], ours: Callable[..., Any]) -> None:
         found = owner.__dict__.get(name)
         stock = found.__func__ if isinstance(found, staticmethod) else found
-        if stock is None or tuple(signature(stock).parameters) != parameters:
+        parameters = "" if stock is None else ", ".join(signature(stock).parameters)
+        if parameters not in known:
             raise Unsupported(
-                f"tpfuse.integrations.transformers: {owner.__name__}.{name}({', '.join(parameters)}) is not what this "
-                f"transformers has. Supported: transformers {MINIMUM}."
+                f"tpfuse.integrations.transformers: this transformers has {owner.__name__}.{name}({parameters}); "
+                f"known: ({'), ('.join(known)}). Supported: transformers {SUPPORTED}."
             )
         self.stock: Callable[..., Any] = stock
         self._owner, self._name, self._found, self._ours = owner, name, found, ours
@@ -104,15 +105,14 @@ def enable(mode: str = "fused", **settings: Any) -> None:
         from transformers.distributed import mixin
     except ImportError as error:
         raise Unsupported(
-            f"tpfuse.integrations.transformers needs transformers {MINIMUM}, which can't be imported ({error}). "
+            f"tpfuse.integrations.transformers needs transformers {SUPPORTED}, which can't be imported ({error}). "
             "pip install 'tpfuse[transformers]'"
         ) from error
-    finishing = ("model", "load_config", "loading_info")
     enabled = _Enabled(
         mode,
         settings,
-        _Seam(mixin, "apply_tensor_parallelism", ("model", "tp_mesh"), _apply),
-        _Seam(PreTrainedModel, "_finalize_model_loading", finishing, _finish),
+        _Seam(mixin, "apply_tensor_parallelism", ("model, tp_mesh", "model, tp_mesh, tp_plan"), _apply),
+        _Seam(PreTrainedModel, "_finalize_model_loading", ("model, load_config, loading_info",), _finish),
     )
     enabled.apply.put()
     enabled.finish.put()
@@ -139,8 +139,9 @@ def applied(model: nn.Module) -> Applied:
     return found
 
 
-def _apply(model: Any, tp_mesh: DeviceMesh) -> Any:
-    """In the place of transformers' apply_tensor_parallelism."""
+def _apply(model: Any, tp_mesh: DeviceMesh, *plan: dict[str, str]) -> Any:
+    """In the place of transformers' apply_tensor_parallelism. plan: none in 5.17, where the model has it as patterns;
+    later one of the names of modules and parameters."""
     assert _enabled is not None
     found = [(name, module) for name, module in model.named_modules() if type(module).__name__ in ARCHITECTURES]
     if not found:
@@ -148,9 +149,9 @@ def _apply(model: Any, tp_mesh: DeviceMesh) -> Any:
         warnings.warn(
             f"tpfuse: {type(model).__name__} runs by transformers' own TP plan; tpfuse knows {known}.", stacklevel=2
         )
-        return _enabled.apply.stock(model, tp_mesh)
+        return _enabled.apply.stock(model, tp_mesh, *plan)
     for name, base in found:
-        made = shard(model, base, f"{name}." if name else "", tp_mesh, _enabled.mode, _enabled.settings)
+        made = shard(model, base, f"{name}." if name else "", tp_mesh, plan, _enabled.mode, _enabled.settings)
         model._tpfuse = made
     return model
 
@@ -167,16 +168,26 @@ def _finish(model: Any, load_config: Any, loading_info: Any) -> Any:
     return info
 
 
-def shard(model: Any, base: Any, prefix: str, mesh: DeviceMesh, mode: str, settings: dict[str, Any]) -> Applied:
+def shard(
+    model: Any,
+    base: Any,
+    prefix: str,
+    mesh: DeviceMesh,
+    plan: tuple[dict[str, str], ...],
+    mode: str,
+    settings: dict[str, Any],
+) -> Applied:
     """Divide the weights of `base` inside of `model`, and give its modules the forwards of the mode. Collective."""
     architecture = ARCHITECTURES[type(base).__name__]
     expert_parallel = bool(getattr(model.config.distributed_config, "enable_expert_parallel", False))
+    if plan and getattr(model.config.distributed_config, "ep_size", 1) not in (None, 1):
+        raise Unsupported("expert parallelism of this transformers; supported: that of transformers 5.17.")
     world = mesh.size()
     architecture.check(base.config, world)
     _refuse_quantised(model)
     sharding = Sharding(mesh)
     sharding.declare(base, prefix, architecture, expert_parallel)
-    _apply_stock_plan(model, prefix, architecture, mesh, expert_parallel)
+    _apply_stock_plan(model, prefix, architecture, mesh, plan, expert_parallel)
     comm = Communicator(mesh.get_group(), device=mesh.device_type, mode=mode, **settings)
     deferral = Deferral(comm)
     _give_forwards(base, architecture, expert_parallel, deferral, Place(world, deferring=mode != "off"))
@@ -185,20 +196,28 @@ def shard(model: Any, base: Any, prefix: str, mesh: DeviceMesh, mode: str, setti
 
 
 def _apply_stock_plan(
-    model: Any, prefix: str, architecture: Architecture, mesh: DeviceMesh, expert_parallel: bool
+    model: Any,
+    prefix: str,
+    architecture: Architecture,
+    mesh: DeviceMesh,
+    plan: tuple[dict[str, str], ...],
+    expert_parallel: bool,
 ) -> None:
     """What the stock plan does outside of mixers. Afterwards the model's plan says what is divided: transformers reads
     from it whether the KV cache is."""
     assert _enabled is not None
-    plan = dict(model.tp_plan)
-    kept = {
-        name: style
-        for name, style in plan.items()
-        if style == ROUTER or not architecture.is_mixer(name.removeprefix(prefix))
-    }
+
+    def outside(plan: dict[str, str]) -> dict[str, str]:
+        return {
+            name: style
+            for name, style in plan.items()
+            if style == ROUTER or not architecture.is_mixer(pattern_of(name).removeprefix(prefix))
+        }
+
     field = "_ep_plan" if expert_parallel else "_tp_plan"
+    kept = outside(getattr(model, field))
     setattr(model, field, kept)
-    _enabled.apply.stock(model, mesh)
+    _enabled.apply.stock(model, mesh, *(outside(named) for named in plan))
     ours = {prefix + name: rule.style for name, rule in architecture.rules(expert_parallel).items()}
     setattr(model, field, kept | ours)
 
