@@ -27,7 +27,13 @@
 //   owner adds only when all are there); so every rank's call n had ended, clean slots included.
 //   The counter: every block adds to it at its end, 2^16 a call in all. A block that starts late finds less than 2^16
 //   more than one that started early, so the bits above are the same for all.
-//   Blocks start by index and wait only for blocks of the same row: no grid has to fit the GPU at once.
+//   Many rows share slots: row t has those of row t - ring, which lies far more rows back than a GPU has blocks. Word that
+//   they are free passes from row to row by half a ring: a block waits, on its own GPU, for the end of row t - ring / 2
+//   there, which had the result of that row's owner, who had waited for the end of row t - ring, clean slots included.
+//   That the marks are back is known because a load of the same address has brought one: a fence, which waits for
+//   everything that is under way to peers as well, made 8192 rows 30% slower. Flags are lowered by the one who waits for
+//   them, and raised only if somebody will: none is up between calls.
+//   Blocks start by index and wait only for blocks of the same row and of earlier ones: no grid has to fit the GPU at once.
 //   Every spin is bounded by the device clock. Who gives up writes the error record and sends nothing that depends on
 //   what did not come, so the others give up as well; it goes through the rest of the kernel, where nobody waits for it.
 //
@@ -50,17 +56,19 @@
 namespace tpfuse {
 
 constexpr u32 kMark = 0x80000000u;
-constexpr u32 kReduceHeader = 4096;  // bytes before the halves; the counter is in the first
+constexpr u32 kReduceHeader = 128 << 10;  // bytes before the halves: the call counter, and from kReduceFlags on the flags
+constexpr u32 kReduceFlags = 4096;
 constexpr u32 kReduceGroups = 64;    // of 256 elements, in the widest row
 constexpr u32 kCallShift = 16;       // a call adds 2^16 to the counter
 
 // Passed by value; the host packs the same bytes. The first part never changes for a launcher.
 struct ReduceArgs {
   u64 workspace[kMaxWorld];  // of every rank
+  u64 own;                   // this rank's
   u64 error;
   u64 timeout_ns;
   u32 rank, op;
-  u32 half;      // bytes of a half of the workspace; all offsets in it are 32 bits
+  u32 half;  // bytes of a half of the workspace; all offsets in it are 32 bits
   u32 padding;
 
   u64 x;             // T [rows, width]
@@ -72,6 +80,9 @@ struct ReduceArgs {
   u64 given;         // fp32, one
   i64 x_stride, y_stride, residual_stride;  // elements
   u32 rows, width;
+  u32 groups;               // of 256 elements, in a row
+  u32 stride;               // bytes from one row's slot to the next
+  u32 ring;                 // rows that have slots in a half; a multiple of 2 W
   u32 first_row, all_rows;  // this launch's place in the whole call: scales are laid out for all rows
   u32 pitch;                // of scales
   float eps, reciprocal, bias;
@@ -242,27 +253,47 @@ class RowShare {
         board(shared),
         row(block_index() / F::kParts),
         part(block_index() % F::kParts),
-        groups((args.width + kGroupElements - 1) / kGroupElements),
-        own(workspace_of<W>(args, args.rank)),
-        stride((args.width + 7) / 8 * 8 * sizeof(T)) {
-    if constexpr (F::kPath != Path::sum) {
-      TPF_UNROLL
-      for (u32 v = 0; v < F::kVectors; ++v) gamma[v] = load_weight<typename F::G, F::kAligned>(a.gamma, at(v), a.width);
-      if constexpr (F::kParts > 1) cluster_open(board.gate, quant::kNeedsRowMax<F::kKind> ? 2 : 1, groups * 4);
+        slot(row < args.ring ? row : row % args.ring) {
+    if constexpr (F::kPath != Path::sum && F::kParts > 1) {
+      load_gamma();
+      cluster_open(board.gate, quant::kNeedsRowMax<F::kKind> ? 2 : 1, a.groups * 4);
     }
   }
 
   // After the wait for earlier grids: which half this call uses.
   TPF_DEVICE void begin() {
-    area = kReduceHeader + (load_global(reinterpret_cast<const u32*>(own)) >> kCallShift & 1) * a.half;
-    if constexpr (quant::kNeedsGiven<F::kKind>)
-      given = quant::given_of<F::kKind>(float_of(load_global(reinterpret_cast<const u32*>(a.given))));
+    area = kReduceHeader + (load_global(reinterpret_cast<const u32*>(a.own)) >> kCallShift & 1) * a.half;
+    if constexpr (F::kParts > 1) load_given();
   }
 
-  // This block's part of what a call adds to the counter.
+  // Where rows have slots in turns: until those of this row are free on every rank.
+  TPF_DEVICE void await_slots() const {
+    if (row < a.ring / 2) return;
+    if (thread_index() == 0) {
+      Patience patience;
+      while (load_system(flag()) != word_of(row - a.ring / 2)) {
+        if (patience.over(a.timeout_ns)) {
+          report(a, a.rank, row, patience.waited_ns());
+          break;
+        }
+      }
+      store_system(flag(), 0u);
+    }
+    barrier();
+  }
+  // Word to the row that waits for the slots of this one.
+  TPF_DEVICE void free_slots() const {
+    if (row + a.ring / 2 >= a.rows) return;
+    confirm_marks();
+    barrier();
+    if (thread_index() == 0) store_system(flag(), word_of(row));
+  }
+
+  // This block's part of what a call adds to the counter, once all its warps have read it.
   TPF_DEVICE void end() const {
+    barrier();
     if (thread_index() == 0)
-      add_global(reinterpret_cast<u32*>(own), block_index() == 0 ? (1u << kCallShift) - (grid_size() - 1) : 1);
+      add_global(reinterpret_cast<u32*>(a.own), block_index() == 0 ? (1u << kCallShift) - (grid_size() - 1) : 1);
   }
 
   TPF_DEVICE bool owned() const { return owner() == a.rank; }
@@ -270,7 +301,8 @@ class RowShare {
   TPF_DEVICE void load_x(Lanes& x) const {
     const T* from = reinterpret_cast<const T*>(a.x) + row * a.x_stride;
     TPF_UNROLL
-    for (u32 v = 0; v < F::kVectors; ++v) x[v] = without_mark(load_lane<T, F::kAligned>(from, at(v), a.width));
+    for (u32 v = 0; v < F::kVectors; ++v)
+      x[v] = without_mark(load_lane<T, F::kAligned>(from, at(v), a.width));
   }
   TPF_DEVICE void load_residual() {
     if constexpr (F::kResidual) {
@@ -282,11 +314,14 @@ class RowShare {
   }
 
   // Partial rows: slot `index * W + source` of a rank; index is the row where all get it, else the owner's count of rows.
+  TPF_DEVICE u32 index_for_all() const { return slot; }
+  TPF_DEVICE u32 index_for_owner() const { return slot / W; }
+  TPF_DEVICE u32 owner() const { return row % W; }
   TPF_DEVICE void send_partial(u32 to, u32 index, const Lanes& x) const {
-    u64 slot = workspace_of<W>(a, to) + partial(index) + a.rank * stride;
+    u64 there = workspace_of<W>(a, to) + partial(index) + a.rank * a.stride;
     TPF_UNROLL
     for (u32 v = 0; v < F::kVectors; ++v)
-      if (here(v)) push(slot + offset(v, 8 * sizeof(T)), x[v]);
+      if (here(v)) push(there + offset(v, 8 * sizeof(T)), x[v]);
   }
 
   // x becomes the rounded sum over all ranks; x is this rank's part before. False: somebody did not come.
@@ -296,10 +331,10 @@ class RowShare {
     bool good = true;
     TPF_UNROLL
     for (u32 v = 0; v < F::kVectors; ++v) {
-      u64 slots = own + partial(index);
+      u32 slots = partial(index);
       if constexpr (kLight) {
-        bool looks = lane() < W && lane() != a.rank && group(v) < groups;
-        bool came = !looks || await_last_word(slots + lane() * stride, v, 8 * sizeof(T), lane());
+        bool looks = lane() < W && lane() != a.rank && group(v) < a.groups;
+        bool came = !looks || await_last_word(slots + lane() * a.stride, v, 8 * sizeof(T), lane());
         good = good && !any(!came);
       }
       Lane<T> all[W];
@@ -311,19 +346,21 @@ class RowShare {
       while (waits) {
         TPF_UNROLL
         for (u32 r = 0; r < W; ++r)
-          if (r != a.rank) peek(slots + r * stride, all[r]);
-        u32 missing = W;
+          if (r != a.rank) peek(a.own + (slots + r * a.stride), all[r]);
+        waits = false;
         TPF_UNROLL
-        for (u32 r = 0; r < W; ++r) missing = complete(all[r]) ? missing : r;
-        waits = missing != W;
+        for (u32 r = 0; r < W; ++r) waits = waits || !complete(all[r]);
         if (waits && patience.over(a.timeout_ns)) {
+          u32 missing = 0;
+          TPF_UNROLL
+          for (u32 r = 0; r < W; ++r) missing = complete(all[r]) ? missing : r;
           report(a, missing, row, patience.waited_ns());
           good = waits = false;
         }
       }
       TPF_UNROLL
       for (u32 r = 0; r < W; ++r)
-        if (r != a.rank && here(v)) put_marks_back(slots + r * stride, all[r]);
+        if (r != a.rank && here(v)) put_marks_back(a.own + (slots + r * a.stride), all[r]);
       float sum[8];
       widen(all[0], sum);
       TPF_UNROLL
@@ -344,18 +381,20 @@ class RowShare {
     TPF_UNROLL
     for (u32 v = 0; v < F::kVectors; ++v) {
       x[v] = {};
-      await(own + result() + offset(v, 8 * sizeof(T)), here(v), x[v]);
+      await(result() + offset(v, 8 * sizeof(T)), here(v), x[v]);
     }
   }
 
-  TPF_DEVICE void store_y(u32 v, const Lane<T>& x) const {
-    if constexpr (F::kKeep)
-      store_lane<T, F::kAligned>(reinterpret_cast<T*>(a.y) + row * a.y_stride, at(v), a.width, x);
+  TPF_DEVICE void store_y(const Lanes& x) const {
+    TPF_UNROLL
+    for (u32 v = 0; v < F::kVectors; ++v)
+      if constexpr (F::kKeep)
+        store_lane<T, F::kAligned>(reinterpret_cast<T*>(a.y) + row * a.y_stride, at(v), a.width, x[v]);
   }
 
   // x becomes the norm of the sums x, and is stored with all that goes with it. A row that is gathered after its norm is
   // sent from here, if the sums are good.
-  TPF_DEVICE void norm(Lanes& x, bool good) const {
+  TPF_DEVICE void norm(Lanes& x, bool good) {
     float r[F::kVectors][8];
     TPF_UNROLL
     for (u32 v = 0; v < F::kVectors; ++v) {
@@ -377,6 +416,9 @@ class RowShare {
       TPF_UNROLL
       for (u32 v = 0; v < F::kVectors; ++v) store_lane<R, F::kAligned>(to, at(v), a.width, narrow<R>(r[v]));
     }
+    // Whole rows are many, and registers short while they wait for peers.
+    if constexpr (F::kParts == 1) load_gamma();
+    if constexpr (F::kParts == 1) load_given();
     meet(0);
     float inverse = inverse_rms(total_of_squares(), a.reciprocal, a.eps);
     TPF_UNROLL
@@ -390,14 +432,14 @@ class RowShare {
         x[v] = without_mark(x[v]);
         if (good) send_result(v, x[v]);
       }
-      store_y(v, x[v]);
     }
+    store_y(x);
     quantise(x, good);
   }
 
   // The quantised norm x, stored; and sent where rows travel quantised.
   TPF_DEVICE void quantise(const Lanes& x, bool good) const {
-    if constexpr (F::kQuantised) {
+    if constexpr (F::kQuantised && (F::kPath != Path::sum)) {
       u32 most = 0;
       if constexpr (quant::kNeedsRowMax<F::kKind>) {
         TPF_UNROLL
@@ -427,9 +469,16 @@ class RowShare {
           }
           bytes = travelling(bytes);
         }
-        store_quantised(v, bytes, scale.stored);
+        store_bytes(v, bytes);
+        store_scale(v, scale.stored);
       }
     }
+  }
+
+  // Of a norm that came from its owner.
+  TPF_DEVICE void quantise_late(const Lanes& x) {
+    if constexpr (F::kParts == 1) load_given();
+    quantise(x, false);
   }
 
   // A row that its owner has quantised.
@@ -437,38 +486,52 @@ class RowShare {
     if constexpr (F::kQuantisedRows) {
       TPF_UNROLL
       for (u32 v = 0; v < F::kVectors; ++v) {
-        bool came = lane() != 0 || group(v) >= groups || await_last_word(own + result(), v, F::kResultBytes, owner());
+        bool came = lane() != 0 || group(v) >= a.groups || await_last_word(result(), v, F::kResultBytes, owner());
         bool good = !any(!came);
         Packed bytes = {};
         Word stored = {};
-        await(own + result() + offset(v, F::kResultBytes), good && here(v), bytes);
-        await(own + result() + scale_offset(v), good && has_scale(v), stored);
-        store_quantised(v, travelling(bytes), stored.w);
+        await(result() + offset(v, F::kResultBytes), good && here(v), bytes);
+        store_bytes(v, travelling(bytes));
+        await(result() + scale_offset(v), good && has_scale(v), stored);
+        store_scale(v, stored.w);
       }
     }
   }
 
   const ReduceArgs& a;
   Board& board;
-  u32 row, part, groups;
+  u32 row, part;
 
  private:
-  u64 own;
-  u32 stride, area = 0;
+  u32 slot, area = 0;
   Lane<typename F::G> gamma[F::kVectors];
   Lane<typename F::R> residual[F::kVectors];
   quant::Given given = {};
 
+  TPF_DEVICE void load_gamma() {
+    TPF_UNROLL
+    for (u32 v = 0; v < F::kVectors; ++v) gamma[v] = load_weight<typename F::G, F::kAligned>(a.gamma, at(v), a.width);
+  }
+  // The user's scale may be the result of an earlier grid.
+  TPF_DEVICE void load_given() {
+    if constexpr (quant::kNeedsGiven<F::kKind>)
+      given = quant::given_of<F::kKind>(float_of(load_global(reinterpret_cast<const u32*>(a.given))));
+  }
   TPF_DEVICE u32 group(u32 v) const { return (part * F::kVectors + v) * F::kWarps + warp_index(); }
   TPF_DEVICE u32 at(u32 v) const { return group(v) * kGroupElements + lane() * kLaneElements; }
   TPF_DEVICE bool here(u32 v) const { return at(v) < a.width; }
-  TPF_DEVICE u32 owner() const { return row % W; }
   // With the norm before the gather, a rank's residual stream has its own rows only.
   TPF_DEVICE i64 residual_row() const { return F::kPath == Path::early ? row / W : row; }
 
   // Offsets in every rank's workspace.
-  TPF_DEVICE u32 partial(u32 index) const { return area + index * W * stride; }
-  TPF_DEVICE u32 result() const { return area + ((a.rows + W - 1) / W * W + row) * stride; }
+  TPF_DEVICE u32 partial(u32 index) const { return area + index * W * a.stride; }
+  TPF_DEVICE u32 result() const { return area + (a.ring + slot) * a.stride; }
+  // A row leaves word to the one half a ring further on.
+  TPF_DEVICE u32* flag() const {
+    return reinterpret_cast<u32*>(a.own + kReduceFlags) + row % (a.ring / 2) * F::kParts + part;
+  }
+  // Says who left it: rows half a ring apart share a flag, and both may be waiting.
+  TPF_DEVICE static u32 word_of(u32 row) { return row + 1; }
   // In a row, of a lane whose 8 elements take `bytes`.
   TPF_DEVICE u32 offset(u32 v, u32 bytes) const { return at(v) / kLaneElements * bytes; }
   // Scales travel as words behind the bytes.
@@ -491,24 +554,48 @@ class RowShare {
 
   // x out of a slot, and marks into it.
   template <class V>
-  TPF_DEVICE bool await(u64 slot, bool wanted, V& x) const {
+  TPF_DEVICE bool await(u32 place, bool wanted, V& x) const {
     Patience patience;
     bool waits = wanted;
     while (waits) {
-      peek(slot, x);
+      peek(a.own + place, x);
       waits = !complete(x);
       if (waits && patience.over(a.timeout_ns)) {
         report(a, owner(), row, patience.waited_ns());
         return false;
       }
     }
-    if (wanted) put_marks_back(slot, x);
+    if (wanted) put_marks_back(a.own + place, x);
     return true;
   }
+  // The marks that were put back have come to where peers' stores arrive: a load of the same address brings them.
+  TPF_DEVICE void confirm_marks() const {
+    TPF_UNROLL
+    for (u32 v = 0; v < F::kVectors; ++v) {
+      if (owned()) {
+        TPF_UNROLL
+        for (u32 r = 0; r < W; ++r)
+          if (r != a.rank)
+            confirm<Lane<T>>(partial(index_for_owner()) + r * a.stride + offset(v, 8 * sizeof(T)), here(v));
+      } else if constexpr (F::kQuantisedRows) {
+        confirm<Packed>(result() + offset(v, F::kResultBytes), here(v));
+        confirm<Word>(result() + scale_offset(v), has_scale(v));
+      } else {
+        confirm<Lane<T>>(result() + offset(v, 8 * sizeof(T)), here(v));
+      }
+    }
+  }
+  template <class V>
+  TPF_DEVICE void confirm(u32 place, bool wanted) const {
+    V x;
+    if (!wanted) return;
+    peek(a.own + place, x);
+    if (complete(x)) report(a, a.rank, row, 0);
+  }
   // Until the last word of this warp's group of a row is there; lanes take `bytes` each.
-  TPF_DEVICE bool await_last_word(u64 row_slot, u32 v, u32 bytes, u32 peer) const {
+  TPF_DEVICE bool await_last_word(u32 row_slot, u32 v, u32 bytes, u32 peer) const {
     u32 end = (group(v) + 1) * kGroupElements, lanes = ((end < a.width ? end : a.width) + 7) / kLaneElements;
-    const u32* last = reinterpret_cast<const u32*>(row_slot + u64(lanes) * bytes) - 1;
+    const u32* last = reinterpret_cast<const u32*>(a.own + (row_slot + lanes * bytes)) - 1;
     Patience patience;
     while (load_system(last) == kMark) {
       if (patience.over(a.timeout_ns)) {
@@ -528,7 +615,7 @@ class RowShare {
   // ---- between the warps of a row
 
   TPF_DEVICE void tell(u32 topic, u32 v, u32 word) const {
-    if (group(v) >= groups) return;
+    if (group(v) >= a.groups) return;
     if constexpr (F::kParts == 1) {
       if (lane() == 0) board.words[topic][group(v)] = word;
     } else {
@@ -548,11 +635,11 @@ class RowShare {
       }
     }
   }
-  TPF_DEVICE u32 told(u32 topic, u32 group) const { return group < groups ? board.words[topic][group] : 0; }
+  TPF_DEVICE u32 told(u32 topic, u32 group) const { return group < a.groups ? board.words[topic][group] : 0; }
   // The fold of the groups' sums; wider rows than 32 groups are folded once before.
   TPF_DEVICE float total_of_squares() const {
     float sum = float_of(told(0, lane()));
-    if (groups > kWarp) sum = add_rn(sum, float_of(told(0, lane() + kWarp)));
+    if (a.groups > kWarp) sum = add_rn(sum, float_of(told(0, lane() + kWarp)));
     TPF_UNROLL
     for (u32 mask = kWarp / 2; mask > 0; mask /= 2) sum = add_rn(sum, shuffle_xor(sum, mask));
     return sum;
@@ -572,7 +659,7 @@ class RowShare {
     TPF_UNROLL
     for (u32 i = 0; i < 8; ++i) y[i] = at(v) + i < a.width ? y[i] : 0.0f;
   }
-  TPF_DEVICE void store_quantised(u32 v, const Packed& bytes, u32 stored) const {
+  TPF_DEVICE void store_bytes(u32 v, const Packed& bytes) const {
     u64 to = a.quant + (u64(row) * a.width + at(v)) * sizeof(Packed) / kLaneElements;
     if constexpr (quant::kIsFp4<F::kKind>) {
       if (here(v)) store_global(reinterpret_cast<u32*>(to), bytes.w);
@@ -583,6 +670,8 @@ class RowShare {
       for (u32 i = 0; i < 8; ++i)
         if (at(v) + i < a.width) store_global(reinterpret_cast<u8*>(to) + i, u8(bytes.w[i / 4] >> (i % 4 * 8)));
     }
+  }
+  TPF_DEVICE void store_scale(u32 v, u32 stored) const {
     if constexpr (quant::kScaleBytes<F::kKind> != 0) {
       constexpr bool kSwizzled = F::kLayout == quant::Layout::swizzled;
       bool wanted = has_scale(v) ||
@@ -612,11 +701,10 @@ void reduce_one_shot(const TPF_GRID_CONSTANT ReduceArgs a) {
   share.load_residual();
   TPF_UNROLL
   for (u32 r = 0; r < F::kWorld; ++r)
-    if (r != a.rank) share.send_partial(r, share.row, x);
-  bool good = share.template add_partials<true>(share.row, x);
+    if (r != a.rank) share.send_partial(r, share.index_for_all(), x);
+  bool good = share.template add_partials<true>(share.index_for_all(), x);
   if constexpr (F::kPath == Path::sum) {
-    TPF_UNROLL
-    for (u32 v = 0; v < F::kVectors; ++v) share.store_y(v, x[v]);
+    share.store_y(x);
   } else {
     share.norm(x, good);
   }
@@ -636,35 +724,34 @@ void reduce_two_shot(const TPF_GRID_CONSTANT ReduceArgs a) {
   share.begin();
   typename Share::Lanes x;
   share.load_x(x);
-  if (!share.owned()) share.send_partial(share.row % F::kWorld, share.row / F::kWorld, x);
-  if (F::kPath == Path::norm || share.owned()) share.load_residual();
+  share.await_slots();
+  if (!share.owned()) share.send_partial(share.owner(), share.index_for_owner(), x);
   bool good = true;
   if (share.owned()) {
-    good = share.template add_partials<false>(share.row / F::kWorld, x);
+    // The owner holds the rows of all ranks while it waits: whole rows leave it no registers for the residual.
+    if (F::kParts > 1) share.load_residual();
+    good = share.template add_partials<false>(share.index_for_owner(), x);
     TPF_UNROLL
     for (u32 v = 0; v < F::kVectors; ++v) {
       x[v] = without_mark(x[v]);
       if (F::kPath != Path::early && good) share.send_result(v, x[v]);
     }
-  } else if (!F::kQuantisedRows) {
-    share.receive_result(x);
-  }
-  if constexpr (F::kPath == Path::norm) {
-    share.norm(x, good);
-  } else if constexpr (F::kPath == Path::early) {
-    if (share.owned()) {
-      share.norm(x, good);
-    } else if (F::kQuantisedRows) {
+    if (F::kParts == 1) share.load_residual();
+  } else {
+    if (F::kPath == Path::norm) share.load_residual();
+    if (F::kQuantisedRows) {
       share.receive_quantised();
     } else {
-      TPF_UNROLL
-      for (u32 v = 0; v < F::kVectors; ++v) share.store_y(v, x[v]);
-      share.quantise(x, false);
+      share.receive_result(x);
     }
-  } else {
-    TPF_UNROLL
-    for (u32 v = 0; v < F::kVectors; ++v) share.store_y(v, x[v]);
   }
+  if (F::kPath == Path::norm || (F::kPath == Path::early && share.owned())) {
+    share.norm(x, good);
+  } else if (!F::kQuantisedRows) {
+    share.store_y(x);
+    share.quantise_late(x);
+  }
+  share.free_slots();
   share.end();
 }
 

@@ -10,7 +10,7 @@
 //   are
 //     two warps, so reduction trees, and with them results, are the same on every platform.
 //   - `load_system` and `store_system` are relaxed and seen by all GPUs; 4 and 8 bytes are one naturally atomic access,
-//     16 bytes are two of 8. They order nothing else: there is no fence here on purpose, protocols carry their flag in the packet.
+//     16 bytes are two of 8. They order nothing else: protocols carry their flag in the packet.
 //   - Plain loads and stores (`load_global`, `store_global`, the streaming ones) promise no atomicity.
 //     `load_readonly` is for memory that nobody writes while the kernel runs (weights).
 //   - Shuffles, votes and `sync_warp` need every living lane of the warp.
@@ -471,6 +471,21 @@ TPF_DEVICE void barrier(u32, u32) {
   static_assert(sizeof(T*) == 0, "no named barriers on this GPU");
 }
 
+// Nor clusters: a row is one block's.
+template <class T = void>
+TPF_DEVICE void cluster_open(u64*, u32, u32) {
+  static_assert(sizeof(T*) == 0, "no clusters on this GPU: kernels with kParts > 1 are not for it");
+}
+template <class T = void>
+TPF_DEVICE void cluster_post(u32*, u32, u64*, u32) {
+  static_assert(sizeof(T*) == 0, "no clusters on this GPU: kernels with kParts > 1 are not for it");
+}
+template <class T = void>
+TPF_DEVICE bool cluster_arrived(u64*) {
+  static_assert(sizeof(T*) == 0, "no clusters on this GPU: kernels with kParts > 1 are not for it");
+  return false;
+}
+
 TPF_DEVICE void dependency_wait() {}
 TPF_DEVICE void dependency_trigger() {}
 
@@ -534,6 +549,9 @@ void dependency_wait(Site);
 void dependency_trigger();
 u64 clock_ns();
 void spin_pause(Site);
+void cluster_open(u64* gates, u32 count, u32 bytes, Site);
+void cluster_post(u32* variable, u32 word, u64* gate, u32 to, Site);
+bool cluster_arrived(const u64* gate, Site);
 void* shared(const void* key, u64 bytes);
 
 template <class T, class Declaration>
@@ -603,6 +621,12 @@ inline void sync_warp(TPF_SITE) { host::meet(host::Meeting::sync, 0, 0, site); }
 
 inline void barrier(TPF_SITE) { host::barrier(site); }
 inline void barrier(u32 id, u32 threads, TPF_SITE) { host::barrier(id, threads, site); }
+
+inline void cluster_open(u64* gates, u32 count, u32 bytes, TPF_SITE) { host::cluster_open(gates, count, bytes, site); }
+inline void cluster_post(u32* variable, u32 word, u64* gate, u32 to, TPF_SITE) {
+  host::cluster_post(variable, word, gate, to, site);
+}
+inline bool cluster_arrived(const u64* gate, TPF_SITE) { return host::cluster_arrived(gate, site); }
 
 inline void dependency_wait(TPF_SITE) { host::dependency_wait(site); }
 inline void dependency_trigger() { host::dependency_trigger(); }

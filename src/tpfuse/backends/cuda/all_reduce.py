@@ -5,7 +5,7 @@ number of ranks, so that every rank does the same; how a rank spreads a row over
 
 Which kernel (4x H200; benchmarks/results/ has the figures):
 - one-shot up to ONE_SHOT_ROWS: its W - 1 rows of bytes cost less than a second flight over the links.
-- two-shot above, in launches of as many rows as half the workspace holds.
+- two-shot above.
 - A row is split over blocks of 2 or 3 warps up to SPLIT_ROWS, where rows alone would leave multiprocessors idle.
 """
 
@@ -23,26 +23,26 @@ from torch import Tensor
 from tpfuse.backends.cuda import attribute
 from tpfuse.backends.cuda.compile import arch_of, compile_kernel, load
 from tpfuse.backends.cuda.launch import Launcher
-from tpfuse.backends.cuda.sharded_norm import GROUP, KINDS, whole_vectors
+from tpfuse.backends.cuda.sharded_norm import GROUP, KINDS, power_of_two, whole_vectors
 from tpfuse.backends.cuda.workspace import Fill, Workspace
 from tpfuse.errors import Unsupported
 from tpfuse.quant import Format
 
 OPS = {"all_reduce": 3, "all_reduce_rms_norm": 4}  # the `op` of an error record
 MARK = 0x80000000  # kMark
-HEADER = 4096  # kReduceHeader
+HEADER = 128 << 10  # kReduceHeader
+FLAGS = (HEADER - 4096) // 4  # of rows that free slots
 WORKSPACE_BYTES = 60 << 20  # with the norms' own workspace less than 64 MiB
 MAX_GROUPS = 64  # kReduceGroups
-MAX_BLOCKS = 65535  # of a launch: the call counter has 16 bits for them
+MAX_BLOCKS = 65535  # of a launch: the call counter has 16 bits for them; more rows take more launches
 
 ONE_SHOT_ROWS = {2: 64, 3: 24, 4: 16, 5: 12, 6: 12, 7: 8, 8: 8}  # by world
 SPLIT_ROWS = 128
 SPLIT = {"one_shot": 8, "two_shot": 6}  # most blocks of a row, up to SPLIT_ROWS
-WIDE_WARPS = 24  # most warps of a block, else a row is split
-RESIDENT_THREADS = 1152  # on a multiprocessor: leaves 56 registers a thread
+WIDE_WARPS = 24  # most warps of a block, else a thread has several vectors of a row
 
-FIXED = struct.Struct("8QQQIIII")  # workspaces, error record, timeout, rank, op, half, padding
-LAYOUT = "8Q3q5I3f"
+FIXED = struct.Struct("8QQQQIIII")  # workspaces, own, error record, timeout, rank, op, half, padding
+LAYOUT = "8Q3q8I3f0Q"
 NO_RESIDUAL = "tpfuse::Nothing"
 
 
@@ -66,9 +66,18 @@ class Variant:
 
     @property
     def resident(self) -> int:
-        """Blocks on a multiprocessor that the registers are shared between."""
-        heavy = self.dtype.itemsize * self.world > 8 or self.residual == torch.float32 or self.gamma == torch.float32
-        threads = RESIDENT_THREADS if self.aligned and not heavy and self.vectors == 1 else RESIDENT_THREADS * 4 // 9
+        """Blocks on a multiprocessor that the registers are shared between.
+
+        Rows in flight decide the speed of many rows, so there are as many as compile without spills
+        (tests/test_all_reduce_compile.py): an owner holds the vectors of all ranks.
+        """
+        held = self.dtype.itemsize * self.world
+        if self.vectors > 2 or held > 16:
+            threads = 512
+        elif self.vectors > 1:
+            threads = 768
+        else:
+            threads = 1152 if held > 8 or not self.aligned else 1536
         return max(1, min(16, threads // self.threads))
 
     @property
@@ -92,25 +101,25 @@ def algorithm_for(rows: int, world: int, path: str) -> str:
 
 
 def spread(algorithm: str, rows: int, width: int, clusters: bool) -> tuple[int, int, int]:
-    """How a row is spread: blocks, vectors a thread, threads a block."""
+    """How a row is spread: blocks of a row, vectors of a thread, threads of a block."""
     groups = -(-width // GROUP)
-    if not clusters:
-        vectors = -(-groups // 16)
-        return 1, vectors, 32 * -(-groups // vectors)
-    parts = -(-groups // 16) if groups > WIDE_WARPS else 1
-    if rows <= SPLIT_ROWS:
-        parts = max(parts, min(SPLIT[algorithm], groups // 2))
-    warps = -(-groups // parts)
-    return -(-groups // warps), 1, 32 * warps
+    most = min(SPLIT[algorithm], groups // 2) if clusters and rows <= SPLIT_ROWS else 1
+    if most > 1:
+        warps = -(-groups // most)
+        return -(-groups // warps), 1, 32 * warps
+    vectors = power_of_two(-(-groups // WIDE_WARPS))
+    return 1, vectors, 32 * -(-groups // vectors)
 
 
-def rows_of_launch(rows: int, width: int, itemsize: int, world: int, algorithm: str, parts: int) -> int:
-    """How many rows a launch takes: what half the workspace holds, in even launches of whole rounds of owners."""
-    stride = -(-width // 8) * 8 * itemsize
-    slots = world if algorithm == "one_shot" else 2  # of a row in a half; two-shot rounds up to whole rounds
-    most = min(half_bytes() // (stride * slots), MAX_BLOCKS // parts) // world * world
-    launches = -(-rows // most)
-    return -(-rows // (launches * world)) * world
+def ring_rows(width: int, itemsize: int, world: int, parts: int) -> int:
+    """How many rows have slots in a half of the workspace: further ones wait for them to become free."""
+    most = min(half_bytes() // (2 * slot_bytes(width, itemsize)), 2 * FLAGS // parts)
+    return most // (2 * world) * 2 * world
+
+
+def slot_bytes(width: int, itemsize: int) -> int:
+    """What a row takes of the workspace: whole vectors of 8 elements."""
+    return -(-width // 8) * 8 * itemsize
 
 
 def half_bytes() -> int:
@@ -177,11 +186,11 @@ class AllReduce:
         self._clusters = attribute(device.index, "COMPUTE_CAPABILITY_MAJOR") >= 9
         bases = (*space.bases, *[0] * (8 - world))
         self._fixed = {
-            op: FIXED.pack(*bases, space.error_pointer, int(timeout * 1e9), rank, code, half_bytes(), 0)
+            op: FIXED.pack(*bases, bases[rank], space.error_pointer, int(timeout * 1e9), rank, code, half_bytes(), 0)
             for op, code in OPS.items()
         }
         self._launchers: dict[tuple[str, Variant], Launcher] = {}
-        self._chosen: dict[Any, tuple[Launcher, int, int]] = {}
+        self._chosen: dict[Any, tuple[Launcher, Variant, int, int]] = {}
 
     def all_reduce(self, x: Tensor, y: Tensor, stream: int) -> None:
         """y = the sum of every rank's x, both `[T, H]`."""
@@ -244,25 +253,26 @@ class AllReduce:
         start = self._chosen.get(key)
         if start is None:
             start = self._chosen[key] = self._choose(op, path, x, y, weight, residual, quant, aligned)
-        launcher, parts, step = start
+        launcher, variant, ring, step = start
         given, pitch = 0, 0
         if quant is not None:
             pitch = quant.pitch(rows, width)
             given = 0 if quant.given is None else quant.given.data_ptr()
-        item = x.element_size()
+        item, groups = x.element_size(), -(-width // GROUP)
+        stride = slot_bytes(width, item)
         for first in range(0, rows, step):
             count = min(step, rows - first)
             own = first // self._world if path == "early" else first
             launcher(
-                count * parts, stream,
+                count * variant.parts, stream,
                 x_at + first * x_stride * item,
                 y_at + first * y_stride * item,
                 residual_at + (0 if residual is None else own * residual_stride * residual.element_size()),
                 new_at + (0 if new_residual is None else own * width * new_residual.element_size()),
                 gamma_at,
                 bytes_at + (0 if quant is None else first * width // quant.packed),
-                scale_at, given, x_stride, y_stride, residual_stride, count, width, first, rows, pitch,
-                eps, 1.0 / width, weight_bias,
+                scale_at, given, x_stride, y_stride, residual_stride,
+                count, width, groups, stride, ring, first, rows, pitch, eps, 1.0 / width, weight_bias,
             )  # fmt: skip
 
     def _choose(
@@ -275,8 +285,8 @@ class AllReduce:
         residual: Tensor | None,
         quant: Format | None,
         aligned: bool,
-    ) -> tuple[Launcher, int, int]:
-        """The launcher for a call, its blocks a row, and the rows of a launch."""
+    ) -> tuple[Launcher, Variant, int, int]:
+        """The launcher for a call, what it launches, the rows that have slots, and the rows of a launch."""
         rows, width = x.shape
         kind, layout = ("none", "row_major") if quant is None else (quant.kind, quant.layout)
         stream = None if residual is None else residual.dtype
@@ -294,8 +304,9 @@ class AllReduce:
             for count in (1, SPLIT_ROWS, SPLIT_ROWS + 1):
                 self._launcher(op, variant(count))
         chosen = variant(rows)
-        step = rows_of_launch(rows, width, x.element_size(), self._world, chosen.algorithm, chosen.parts)
-        return self._launcher(op, chosen), chosen.parts, step
+        ring = ring_rows(width, x.element_size(), self._world, chosen.parts)
+        step = MAX_BLOCKS // chosen.parts // self._world * self._world
+        return self._launcher(op, chosen), chosen, ring, step
 
     def _launcher(self, op: str, variant: Variant) -> Launcher:
         found = self._launchers.get((op, variant))
