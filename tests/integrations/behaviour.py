@@ -128,3 +128,18 @@ def unknown(rank: Rank, path: Path) -> tuple[Tensor, list[str]]:
         model = tiny.load(path, "fused", rank.world)
     with torch.no_grad():
         return model(torch.tensor(PROMPT)).logits, [str(warning.message) for warning in caught]
+
+
+def registered(rank: Rank, path: Path) -> dict[str, Any]:
+    """Logits and collectives of Mistral, once docs/add-a-model.md's description of it is registered."""
+    from dataclasses import replace
+
+    from tpfuse.integrations import transformers as integration
+    from tpfuse.integrations.transformers.architectures import ARCHITECTURES
+    from tpfuse.integrations.transformers.architectures.llama import LLAMA
+
+    integration.register(replace(LLAMA, base="MistralModel"))
+    try:
+        return tiny.logits(rank, path, "fused")
+    finally:
+        del ARCHITECTURES["MistralModel"]

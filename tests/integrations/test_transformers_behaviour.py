@@ -177,3 +177,10 @@ def test_an_unknown_architecture_runs_by_the_stock_plan_and_says_so(checkpoint, 
     for logits, warnings in on_ranks(2, jobs.unknown, checkpoint("mistral")):
         assert (logits - expected).abs().max() <= 1e-5
         assert any("MistralForCausalLM runs by transformers' own TP plan" in warning for warning in warnings)
+
+
+def test_a_new_dense_family_is_a_line(checkpoint, on_ranks):
+    expected = whole(on_ranks, checkpoint("mistral"))
+    for found in on_ranks(2, jobs.registered, checkpoint("mistral")):
+        assert (found["logits"] - expected).abs().max() <= 1e-5
+        assert found["calls"] == {"all_reduce_rms_norm": 6}

@@ -5,11 +5,12 @@
     fused.enable()
     model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=4, tp_plan="auto"))
 
-Needs transformers 5.17 (`pip install 'tpfuse[transformers]'`). docs/transformers.md says what works.
+Needs transformers 5.17 or 5.23 (`pip install 'tpfuse[transformers]'`). docs/transformers.md says what works.
 """
 
 from __future__ import annotations
 
+from tpfuse.integrations.transformers.architectures import register
 from tpfuse.integrations.transformers.integration import Applied, applied, disable, enable
 
-__all__ = ["Applied", "applied", "disable", "enable"]
+__all__ = ["Applied", "applied", "disable", "enable", "register"]

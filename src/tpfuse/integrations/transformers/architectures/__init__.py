@@ -9,3 +9,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     known.base: known
     for known in (llama.LLAMA, llama.QWEN3, minimax.MINIMAX_M2, minimax.MINIMAX_M3, nemotron_h.NEMOTRON_H)
 }
+
+
+def register(architecture: Architecture) -> None:
+    """Make a family known, or known differently, from the next model that is loaded on."""
+    ARCHITECTURES[architecture.base] = architecture
