@@ -74,7 +74,7 @@ class Variant:
         held = self.dtype.itemsize * self.world
         if self.vectors > 2 or held > 16:
             threads = 512
-        elif self.vectors > 1:
+        elif self.vectors > 1 or self.parts > 1:  # few rows: as fast as a row goes
             threads = 768
         else:
             threads = 1152 if held > 8 or not self.aligned else 1536
@@ -100,14 +100,15 @@ def algorithm_for(rows: int, world: int, path: str) -> str:
     return "one_shot" if rows <= ONE_SHOT_ROWS[world] and path != "early" else "two_shot"
 
 
-def spread(algorithm: str, rows: int, width: int, clusters: bool) -> tuple[int, int, int]:
-    """How a row is spread: blocks of a row, vectors of a thread, threads of a block."""
+def spread(algorithm: str, rows: int, width: int, held: int, clusters: bool) -> tuple[int, int, int]:
+    """How a row is spread: blocks of a row, vectors of a thread, threads of a block. held: bytes of an element on all
+    ranks."""
     groups = -(-width // GROUP)
     most = min(SPLIT[algorithm], groups // 2) if clusters and rows <= SPLIT_ROWS else 1
     if most > 1:
         warps = -(-groups // most)
         return -(-groups // warps), 1, 32 * warps
-    vectors = power_of_two(-(-groups // WIDE_WARPS))
+    vectors = power_of_two(-(-groups // (WIDE_WARPS if held <= 16 else 16)))
     return 1, vectors, 32 * -(-groups // vectors)
 
 
@@ -166,7 +167,7 @@ def variants(worlds: Sequence[int] = (2, 3, 4, 8), clusters: bool = True) -> Ite
     ):
         for path, (quant, layout, keep) in (("sum", formats[0]), *product(("norm", "early"), formats)):
             algorithm = algorithm_for(rows, world, path)
-            spreading = spread(algorithm, rows, width, clusters)
+            spreading = spread(algorithm, rows, width, dtype.itemsize * world, clusters)
             stream, weight = (None, dtype) if path == "sum" else (residual, gamma)
             variant = Variant(
                 algorithm, path, dtype, stream, weight, world, *spreading, aligned, quant, layout, keep
@@ -294,7 +295,7 @@ class AllReduce:
 
         def variant(count: int) -> Variant:
             algorithm = algorithm_for(count, self._world, path)
-            spreading = spread(algorithm, count, width, self._clusters)
+            spreading = spread(algorithm, count, width, x.element_size() * self._world, self._clusters)
             return Variant(
                 algorithm, path, x.dtype, stream, gamma, self._world, *spreading, aligned, kind, layout, y is not None
             )
