@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,33 @@ def registered(rank: Rank, path: Path) -> dict[str, Any]:
         return tiny.logits(rank, path, "fused")
     finally:
         del ARCHITECTURES["MistralModel"]
+
+
+def decoded(rank: Rank, path: Path, mode: str, tokens: int) -> Tensor:
+    """Greedy tokens as `tpfuse bench model` makes them: static cache, own steps, on GPUs as replays of a CUDA graph."""
+    from tpfuse.bench.model import Session, Workload
+
+    device = torch.device(rank.device_type)
+    os.environ["LOCAL_RANK"] = str(rank.rank)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    workload = Workload((len(PROMPT),), len(PROMPT[0]), tokens)
+    with tiny.closing(tiny.load(path, mode, rank.world).to(device)) as model, torch.inference_mode():
+        session = Session(model, len(PROMPT), workload, device)
+        session.prompt.copy_(torch.tensor(PROMPT))
+        session.start()
+        if device.type == "cuda":
+            session.capture()
+        session.start()  # again: what came before must leave no trace
+        found = [session.tokens.clone()]
+        for _ in range(tokens - 1):
+            session.graph.replay() if session.graph else session.step()
+            found.append(session.tokens.clone())
+        return torch.cat(found, 1).cpu()
+
+
+def logits_on_device(rank: Rank, path: Path, mode: str) -> Tensor:
+    """Logits of a whole forward on this rank's GPU."""
+    os.environ["LOCAL_RANK"] = str(rank.rank)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with tiny.closing(tiny.load(path, mode, rank.world)) as model, torch.inference_mode():
+        return model(torch.tensor(PROMPT, device=rank.device_type)).logits.cpu()

@@ -184,3 +184,11 @@ def test_a_new_dense_family_is_a_line(checkpoint, on_ranks):
     for found in on_ranks(2, jobs.registered, checkpoint("mistral")):
         assert (found["logits"] - expected).abs().max() <= 1e-5
         assert found["calls"] == {"all_reduce_rms_norm": 6}
+
+
+@ONE_OF_EACH
+def test_the_benchmark_decodes_what_generate_does(name, checkpoint, on_ranks):
+    expected = on_ranks(1, tiny.greedy, checkpoint(name), "whole", 24)[0][:, len(tiny.PROMPT[0]) :]
+    for world, mode in ((1, "whole"), (2, "stock"), (2, "fused")):
+        for tokens in on_ranks(world, jobs.decoded, checkpoint(name), mode, 24):
+            assert torch.equal(tokens, expected), (world, mode)

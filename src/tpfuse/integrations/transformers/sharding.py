@@ -80,7 +80,7 @@ class Sharding:
             linears = [module.get_submodule(linear) for linear in architecture.together.get(pattern_of(name), ())]
             if linears:
                 weights: list[Any] = [linear.weight for linear in linears]
-                module.together = torch.cat(weights)
+                module.register_buffer("together", torch.cat(weights), persistent=False)
                 for linear, view in zip(linears, module.together.split([len(w) for w in weights]), strict=True):
                     linear.weight = nn.Parameter(view, requires_grad=False)
 
