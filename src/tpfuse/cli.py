@@ -149,6 +149,9 @@ def bench_model(
     ),
     graphs: Annotated[bool, typer.Option(help="Decode in CUDA graphs, on GPUs.")] = True,
     experts: Annotated[str, typer.Option(help="transformers' implementation of the experts.", show_default="its")] = "",
+    profile: Annotated[
+        Path | None, typer.Option(help="Write where the time of a decode step goes to this file, a JSON line a kernel.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file, a JSON line each.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a plot to this file: .png, .pdf or .svg.")] = None,
 ) -> None:
@@ -161,10 +164,11 @@ def bench_model(
     device = _device(device)
     if plot is not None:
         check_plot(plot)
-    for path in (json, plot):
+    for path in (json, plot, profile):
         if path is not None:
             _check_writable(path)
-    workload = model.Workload(parse_tokens(concurrency), input_len, output_len, graphs, experts)
+    kept = "" if profile is None else str(profile.absolute())
+    workload = model.Workload(parse_tokens(concurrency), input_len, output_len, graphs, experts, kept)
     asked = [mode.strip() for mode in modes.split(",")]
     with _progress(f"bench {preset}") as progress:
         records = model.run(
@@ -177,7 +181,7 @@ def bench_model(
     Console().print(model_records.report(records))
     if plot is not None:
         model_records.plot(records, plot)
-    for path in (json, plot):
+    for path in (json, plot, profile):
         if path is not None:
             print(f"written: {path}")
 

@@ -13,6 +13,7 @@ first token; there is no server, so no queueing is in it.
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ class Workload:
     output_len: int = 256
     graphs: bool = True
     experts: str = ""  # transformers' implementation of the experts; empty: its default
+    profile: str = ""  # a file to which rank 0 appends where the time of a decode step goes, a JSON line a kernel
 
     def check(self) -> None:
         if not self.concurrency or min(self.concurrency) < 1 or self.input_len < 1 or self.output_len < 2:
@@ -147,6 +149,8 @@ def _measure(asked: ModelRecord, model: Any, workload: Workload, device: torch.d
     if workload.graphs:
         session.capture()
     runs = [session.timed() for _ in range(RUNS + 1)][1:]
+    if workload.profile:
+        write_profile(asked, session.profiled(), workload.profile)
     ttft, latency = slowest([median(run[0] for run in runs), median(run[1] for run in runs)], device)
     output = asked.concurrency * asked.output_len
     applied = getattr(model, "_tpfuse", None)
@@ -256,6 +260,23 @@ class Session:
         self._wait()
         return first - began, time.perf_counter() - began
 
+    def profiled(self) -> list[dict[str, Any]]:
+        """Time on the device by kernel (on a CPU by operator), a decode step, longest first."""
+        advance = self.graph.replay if self.graph else self.step
+        cuda, steps = self.device.type == "cuda", min(10, self.workload.output_len - 1)
+        self.start()
+        self._together()
+        kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[kind]) as found:
+            for _ in range(steps):
+                advance()
+            self._wait()
+        rows = []
+        for event in found.key_averages():
+            us = event.self_device_time_total if cuda else event.self_cpu_time_total
+            rows.append({"kernel": event.key, "calls": event.count / steps, "us": us / steps})
+        return sorted((row for row in rows if row["us"]), key=lambda row: -row["us"])
+
     def _together(self) -> None:
         self._wait()
         if dist.get_world_size() > 1:
@@ -287,6 +308,15 @@ def slowest(seconds: Sequence[float], device: torch.device) -> list[float]:
     if dist.get_world_size() > 1:
         dist.all_reduce(figures, op=dist.ReduceOp.MAX)
     return [float(figure) for figure in figures]
+
+
+def write_profile(asked: ModelRecord, rows: Sequence[dict[str, Any]], path: str) -> None:
+    """Append the rows of one workload, on rank 0."""
+    if dist.get_rank() == 0:
+        names = ("preset", "impl", "requested_mode", "layers", "world", "concurrency", "gpu", "commit")
+        about = {name: getattr(asked, name) for name in names}
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(about | row) + "\n" for row in rows)
 
 
 def _served(applied: Any) -> int:
