@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import behaviour as jobs
 import pytest
@@ -13,6 +15,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.integrations import transformers as integration
+from tpfuse.integrations.transformers.integration import _refuse
 
 ONE_OF_EACH = pytest.mark.parametrize("name", ["llama", "minimax-m2", "minimax-m3", "nemotron-h"])
 
@@ -139,6 +142,28 @@ def test_sixteen_bits_are_no_further_from_fp64_than_stock(checkpoint, on_ranks):
 def test_what_does_not_divide_is_refused_with_the_reason(checkpoint, on_ranks):
     with pytest.raises(Unsupported, match=r"layers\.0\.mixer\.dt_bias: 4 groups don't divide over 8 ranks"):
         on_ranks(2, jobs.refused, checkpoint("nemotron-h"), 8)
+
+
+@pytest.mark.parametrize(
+    ("distributed", "quantised", "says"),
+    [
+        ({"pp_size": 2}, None, "pp_size=2; not with pipeline parallelism"),
+        ({"fsdp_size": 4}, None, "fsdp_size=4; not with FSDP"),
+        ({"ep_size": 2}, None, "not with the expert parallelism of transformers 5.23"),
+        ({}, SimpleNamespace(), "a quantised checkpoint (SimpleNamespace)"),
+        ({}, SimpleNamespace(dequantize=False), "Load it with a configuration that has dequantize=True"),
+    ],
+)
+def test_what_a_model_may_not_ask_for(distributed, quantised, says):
+    config = SimpleNamespace(distributed_config=SimpleNamespace(**distributed), quantization_config=quantised)
+    with pytest.raises(Unsupported, match=re.escape(says)):
+        _refuse(SimpleNamespace(config=config))
+
+
+def test_what_a_model_may_ask_for():
+    for quantised in (None, SimpleNamespace(dequantize=True)):
+        sizes = SimpleNamespace(tp_size=4, pp_size=1, fsdp_size=None)
+        _refuse(SimpleNamespace(config=SimpleNamespace(distributed_config=sizes, quantization_config=quantised)))
 
 
 def test_a_model_that_is_not_ours_says_so():

@@ -54,6 +54,10 @@ class Applied:
         """What really ran, from the Communicator."""
         return self.comm.report()
 
+    def close(self) -> None:
+        """Give back what the Communicator holds. The model can't run afterwards."""
+        self.comm.close()
+
 
 class _Seam:
     """A function of transformers that is replaced between `put` and `take`."""
@@ -180,11 +184,9 @@ def shard(
     """Divide the weights of `base` inside of `model`, and give its modules the forwards of the mode. Collective."""
     architecture = ARCHITECTURES[type(base).__name__]
     expert_parallel = bool(getattr(model.config.distributed_config, "enable_expert_parallel", False))
-    if plan and getattr(model.config.distributed_config, "ep_size", 1) not in (None, 1):
-        raise Unsupported("expert parallelism of this transformers; supported: that of transformers 5.17.")
     world = mesh.size()
     architecture.check(base.config, world)
-    _refuse_quantised(model)
+    _refuse(model)
     sharding = Sharding(mesh)
     sharding.declare(base, prefix, architecture, expert_parallel)
     _apply_stock_plan(model, prefix, architecture, mesh, plan, expert_parallel)
@@ -257,7 +259,16 @@ def _save_in_order(model: Any, sharding: Sharding) -> None:
     model.gather_sharded_state_dict_for_save = gather_in_order
 
 
-def _refuse_quantised(model: Any) -> None:
+def _refuse(model: Any) -> None:
+    """Raise Unsupported for what a model may ask for and tpfuse does not do."""
+    distributed = model.config.distributed_config
+    for field, what in (
+        ("pp_size", "pipeline parallelism"),
+        ("fsdp_size", "FSDP"),
+        ("ep_size", "the expert parallelism of transformers 5.23 (that of 5.17 is supported)"),
+    ):
+        if getattr(distributed, field, None) not in (None, 1):
+            raise Unsupported(f"{type(model).__name__}: {field}={getattr(distributed, field)}; not with {what}.")
     quantised = getattr(model.config, "quantization_config", None)
     if quantised is not None and not getattr(quantised, "dequantize", False):
         raise Unsupported(
