@@ -207,62 +207,94 @@ TPF_DEVICE float inverse_rms(float total, float reciprocal, float eps) {
 // elements have the same place in their head, and the same angles, in all groups of a row.
 enum class Turn { none, halves, neighbours };
 
-template <Turn kTurn>
+template <Turn kTurn, bool kShared>
 class Rotation {
  public:
-  TPF_DEVICE void load(const NormArgs& a, u32 row) {
-    if constexpr (kTurn == Turn::none) return;
-    u32 place = lane() * kLaneElements % a.head_dim, half = a.rotary_dim / 2;
-    turns_ = place < a.rotary_dim && row < a.rows;
-    if constexpr (kTurn == Turn::halves) {
-      upper_ = place >= half;
-      partner_ = upper_ ? lane() - half / kLaneElements : lane() + half / kLaneElements;
-    }
-    if (!turns_) return;
-    const Vec8* positions = reinterpret_cast<const Vec8*>(a.positions);
-    Vec8 position = load_global(positions + row);
-    u64 first = (u64(position.w[1]) << 32 | position.w[0]) * half;
-    first += kTurn == Turn::halves ? place % half : place / 2;
-    TPF_UNROLL
-    for (u32 i = 0; i < kAngles / 4; ++i) {
-      Vec16 c = load_global(reinterpret_cast<const Vec16*>(reinterpret_cast<const float*>(a.cosines) + first) + i);
-      Vec16 s = load_global(reinterpret_cast<const Vec16*>(reinterpret_cast<const float*>(a.sines) + first) + i);
+  // Vectors that a lane needs of each table, and pairs of a row at most.
+  static constexpr u32 kVectors = kTurn == Turn::halves ? 2 : kTurn == Turn::neighbours ? 1 : 0;
+  static constexpr u32 kPairs = kTurn == Turn::none ? 4 : kGroupElements / 2;
+
+  // The row's place in the tables. The tables wait for this, so it is loaded as early as the row.
+  TPF_DEVICE static u64 begin_of(const NormArgs& a, u32 row) {
+    if constexpr (kTurn == Turn::none) return 0;
+    if (row >= a.rows) return 0;
+    Vec8 position = load_global(reinterpret_cast<const Vec8*>(a.positions) + row);
+    return (u64(position.w[1]) << 32 | position.w[0]) * (a.rotary_dim / 2);
+  }
+  TPF_DEVICE static Vec16 vector_of(u64 table, u64 begin, u32 vector) {
+    return load_global(reinterpret_cast<const Vec16*>(reinterpret_cast<const float*>(table) + begin) + vector);
+  }
+
+  // This lane's angles of a row that begins there, into registers.
+  TPF_DEVICE void load(const NormArgs& a, u64 begin) {
+    static_assert(!kShared || kTurn == Turn::none);
+    if constexpr (kTurn != Turn::none && !kShared) {
+      u32 first = aim(a);
       TPF_UNROLL
-      for (u32 n = 0; n < 4; ++n) {
-        cosine_[4 * i + n] = float_of(c.w[n]);
-        sine_[4 * i + n] = float_of(s.w[n]);
+      for (u32 v = 0; v < kVectors && turns_; ++v) {
+        cosines_[v] = vector_of(a.cosines, begin, first + v);
+        sines_[v] = vector_of(a.sines, begin, first + v);
       }
+    }
+  }
+  // The row's angles lie in shared memory.
+  TPF_DEVICE void look_at(const NormArgs& a, const Vec16* cosines, const Vec16* sines) {
+    if constexpr (kTurn != Turn::none && kShared) {
+      u32 first = aim(a);
+      cosines_ = cosines + first;
+      sines_ = sines + first;
     }
   }
 
   // All lanes of the warp must come.
   TPF_DEVICE void turn(float (&x)[8]) const {
-    if constexpr (kTurn == Turn::halves) {
+    TPF_UNROLL
+    for (u32 v = 0; v < kVectors; ++v) {
+      Vec16 c = turns_ ? cosines_[v] : Vec16{}, s = turns_ ? sines_[v] : Vec16{};
       TPF_UNROLL
-      for (u32 i = 0; i < 8; ++i) {
-        float other = shuffle(x[i], partner_);
-        float side = mul_rn(other, upper_ ? sine_[i] : -sine_[i]);
-        x[i] = turns_ ? add_rn(mul_rn(x[i], cosine_[i]), side) : x[i];
-      }
-    } else if constexpr (kTurn == Turn::neighbours) {
-      TPF_UNROLL
-      for (u32 i = 0; i < 4; ++i) {
-        float first = x[2 * i], second = x[2 * i + 1];
-        x[2 * i] = turns_ ? add_rn(mul_rn(first, cosine_[i]), mul_rn(second, -sine_[i])) : first;
-        x[2 * i + 1] = turns_ ? add_rn(mul_rn(second, cosine_[i]), mul_rn(first, sine_[i])) : second;
+      for (u32 n = 0; n < 4; ++n) {
+        float cosine = float_of(c.w[n]), sine = float_of(s.w[n]);
+        if constexpr (kTurn == Turn::halves) {
+          u32 i = 4 * v + n;
+          float side = mul_rn(shuffle(x[i], partner_), upper_ ? sine : -sine);
+          x[i] = turns_ ? add_rn(mul_rn(x[i], cosine), side) : x[i];
+        } else {
+          float first = x[2 * n], second = x[2 * n + 1];
+          x[2 * n] = turns_ ? add_rn(mul_rn(first, cosine), mul_rn(second, -sine)) : first;
+          x[2 * n + 1] = turns_ ? add_rn(mul_rn(second, cosine), mul_rn(first, sine)) : second;
+        }
       }
     }
   }
 
  private:
-  static constexpr u32 kAngles = kTurn == Turn::halves ? 8 : kTurn == Turn::neighbours ? 4 : 0;
-  float cosine_[kAngles > 0 ? kAngles : 1] = {}, sine_[kAngles > 0 ? kAngles : 1] = {};
+  // The first vector of a row's tables that this lane needs.
+  TPF_DEVICE u32 aim(const NormArgs& a) {
+    u32 place = lane() * kLaneElements % a.head_dim, half = a.rotary_dim / 2;
+    turns_ = place < a.rotary_dim;
+    if constexpr (kTurn == Turn::halves) {
+      upper_ = place >= half;
+      partner_ = upper_ ? lane() - half / kLaneElements : lane() + half / kLaneElements;
+    }
+    return (kTurn == Turn::halves ? place % half : place / 2) / 4;
+  }
+
+  template <bool shared, u32 count>
+  struct Angles {
+    using type = Vec16[count > 0 ? count : 1];
+  };
+  template <u32 count>
+  struct Angles<true, count> {
+    using type = const Vec16*;
+  };
+  typename Angles<kShared, kVectors>::type cosines_ = {}, sines_ = {};
   u32 partner_ = 0;
   bool upper_ = false, turns_ = false;
 };
 
-template <class T, Turn kTurn>
-TPF_DEVICE Lane<T> normed(const Lane<T>& lane, float inverse, const float* gamma, const Rotation<kTurn>& rotation) {
+template <class T, Turn kTurn, bool kShared>
+TPF_DEVICE Lane<T> normed(const Lane<T>& lane, float inverse, const float* gamma,
+                          const Rotation<kTurn, kShared>& rotation) {
   float x[8];
   widen(lane, x);
   TPF_UNROLL
@@ -389,6 +421,7 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
   for (u32 row = place; row < a.rows; row += grid_size() * kWarps) {
     const T* x[2] = {reinterpret_cast<const T*>(a.x[0]) + row * a.x_stride[0],
                      reinterpret_cast<const T*>(a.x[1]) + row * a.x_stride[1]};
+    u64 angles = Rotation<kTurn, false>::begin_of(a, row);
     Lane<T> own[kGroups];
     TPF_UNROLL
     for (u32 g = 0; g < kGroups; ++g) {
@@ -406,8 +439,8 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
     Vec16 sent = packet_of(q_sum, k_sum, step);
     if (waits) store_system(reinterpret_cast<Vec16*>(outbox + row_slot(step)), sent);
     const Vec16* slot = reinterpret_cast<const Vec16*>(inbox + row_slot(step));
-    Rotation<kTurn> rotation;
-    rotation.load(a, row);
+    Rotation<kTurn, false> rotation;
+    rotation.load(a, angles);
     Vec16 packet = {};
     Patience patience;
     while (waits) {
@@ -477,6 +510,12 @@ struct BlockStep {
   };
   struct Inverses {
     float of[kRows][kTensors];
+  };
+  using Angles = Rotation<kTurn, true>;
+  // Of the rotation, of each row.
+  struct Tables {
+    Vec16 cosines[kRows][Angles::kPairs / 4];
+    Vec16 sines[kRows][Angles::kPairs / 4];
   };
   using Rows = Lane<T>[kRows][kVectors];
 
@@ -568,14 +607,29 @@ struct BlockStep {
     return true;
   }
 
-  TPF_DEVICE void store(u32 chunk, u32 v, const Rows& rows, const Inverses& inverses, const float* gamma) const {
+  // The rows' tables into shared memory, by `threads` threads of which this is the `index`-th. Done while sums are under
+  // way: a lane that loaded its own after that would wait twice, for the position and for the angles.
+  TPF_DEVICE void load_tables(u32 chunk, u32 index, u32 threads, Tables& tables) const {
+    if constexpr (kTurn == Turn::none) return;
+    u32 vectors = a.rotary_dim / 8;
+    for (u32 i = index; i < kRows * vectors; i += threads) {
+      u32 r = i / vectors, vector = i % vectors, row = first_row(chunk) + r;
+      if (row >= a.rows) break;
+      u64 begin = Angles::begin_of(a, row);
+      tables.cosines[r][vector] = Angles::vector_of(a.cosines, begin, vector);
+      tables.sines[r][vector] = Angles::vector_of(a.sines, begin, vector);
+    }
+  }
+
+  TPF_DEVICE void store(u32 chunk, u32 v, const Rows& rows, const Inverses& inverses, const Tables& tables,
+                        const float* gamma) const {
     bool k = tensor(v) == 1;
     TPF_UNROLL
     for (u32 r = 0; r < kRows; ++r) {
       u32 row = first_row(chunk) + r;
       T* y = reinterpret_cast<T*>(k ? a.y[1] : a.y[0]) + row * (k ? a.y_stride[1] : a.y_stride[0]);
-      Rotation<kTurn> rotation;
-      rotation.load(a, row);
+      Angles rotation;
+      rotation.look_at(a, tables.cosines[r], tables.sines[r]);
       Lane<T> lane = normed(rows[r][v], inverses.of[r][k ? 1 : 0], gamma, rotation);
       store_lane<T, kAligned>(y, at(v), row < a.rows ? (k ? a.width[1] : a.width[0]) : 0, lane);
     }
@@ -592,6 +646,7 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   using Step = BlockStep<T, kTensors, W, kVectors, kRows, kAligned, kTurn>;
   TPF_SHARED(typename Step::Sums, sums);
   TPF_SHARED(typename Step::Inverses, inverses);
+  TPF_SHARED(typename Step::Tables, tables);
   TPF_SHARED(u32, failed);
   Step work(a);
   float gamma[kVectors][8];
@@ -615,7 +670,10 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
     barrier();
     if (warp_index() == 0) {
       work.send(chunk, step, sums);
+      if (block_size() == kWarp) work.load_tables(chunk, lane(), kWarp, tables);
       if (!work.receive(chunk, step, inverses)) failed = 1;
+    } else {
+      work.load_tables(chunk, thread_index() - kWarp, block_size() - kWarp, tables);
     }
     barrier();
     if (failed) return;
@@ -623,7 +681,7 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
     for (u32 v = 0; v < kVectors; ++v) {
       work.forget_addresses();
       if (!kDeep) load_gamma(a, work.tensor(v), work.at(v), gamma[v]);
-      work.store(chunk, v, rows, inverses, gamma[v]);
+      work.store(chunk, v, rows, inverses, tables, gamma[v]);
     }
     TPF_UNROLL
     for (u32 r = 0; kDeep && r < kRows; ++r) {
