@@ -154,6 +154,9 @@ def bench_model(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file, a JSON line each.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a plot to this file: .png, .pdf or .svg.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Write figures and plot to this folder, named after the EFFECTIVE mode.")
+    ] = None,
 ) -> None:
     """Time a whole model with random weights: prompt and decode."""
     from tpfuse.bench import model, model_records
@@ -164,6 +167,9 @@ def bench_model(
     device = _device(device)
     if plot is not None:
         check_plot(plot)
+    if results is not None:
+        check_plot("results.png")
+        _check_writable(results / "results.jsonl")
     for path in (json, plot, profile):
         if path is not None:
             _check_writable(path)
@@ -176,14 +182,17 @@ def bench_model(
         )
     if not _speaks():
         return
-    if json is not None:
-        write(records, json)  # type: ignore[arg-type]
+    figures, pictures = [path for path in (json,) if path], [path for path in (plot,) if path]
+    if results is not None:
+        name = results / model_records.result_name(records)
+        figures, pictures = [*figures, name], [*pictures, name.with_suffix(".png")]
+    for path in figures:
+        write(records, path)  # type: ignore[arg-type]
     Console().print(model_records.report(records))
-    if plot is not None:
-        model_records.plot(records, plot)
-    for path in (json, plot, profile):
-        if path is not None:
-            print(f"written: {path}")
+    for path in pictures:
+        model_records.plot(records, path)
+    for path in (*figures, *pictures, *([profile] if profile else [])):
+        print(f"written: {path}")
 
 
 @app.command()

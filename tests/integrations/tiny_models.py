@@ -130,8 +130,11 @@ def load(path: Path, mode: str, world: int, *, dtype: torch.dtype = torch.float3
     else:
         fused.enable(mode)
     config = DistributedConfig(tp_size=world, tp_plan="auto", **distributed) if mode != "whole" and world > 1 else None
+    settings: dict[str, Any] = {"dtype": dtype, "distributed_config": config}
+    if torch.cuda.is_available() and hasattr(transformers.AutoConfig.from_pretrained(path), "num_experts_per_tok"):
+        settings["experts_implementation"] = "batched_mm"  # GPUs have no fp32 grouped_mm that a graph may capture
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, distributed_config=config)
+        return transformers.AutoModelForCausalLM.from_pretrained(path, **settings)
     finally:
         fused.disable()
 

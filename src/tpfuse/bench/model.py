@@ -244,7 +244,7 @@ class Session:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's watchdog queries events
             self.step()
 
     def timed(self) -> tuple[float, float]:
