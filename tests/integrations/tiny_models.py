@@ -87,7 +87,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron-h": ("NemotronHConfig", NEMOTRON_H),
     "nemotron-h, latent experts": ("NemotronHConfig", {**NEMOTRON_H, "moe_latent_size": 16, "use_bias": True}),
 }
-UNKNOWN = {"mistral": ("MistralConfig", {"intermediate_size": 64})}  # to tpfuse
+# Not of the models that every test runs: one that tpfuse does not know; ones that need no choice between experts.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("MistralConfig", {"intermediate_size": 64}),
+    "minimax-m2, all experts": ("MiniMaxM2Config", {**MOE, "num_experts_per_tok": 8}),
+    "minimax-m3, all experts": (
+        "MiniMaxM3VLTextConfig",
+        {**MOE, **M3, "num_experts_per_tok": 8, "index_topk_blocks": 64},
+    ),
+    "nemotron-h, all experts": ("NemotronHConfig", {**NEMOTRON_H, "num_experts_per_tok": 8}),
+}
 
 
 def expected_calls(name: str, mode: str) -> dict[str, int]:
@@ -100,7 +109,7 @@ def make(name: str, folder: Path) -> Path:
     """A checkpoint of a tiny random model, in fp32."""
     import transformers
 
-    kind, fields = (CONFIGS | UNKNOWN)[name]
+    kind, fields = (CONFIGS | OTHERS)[name]
     config = getattr(transformers, kind)(**{**COMMON, **fields})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomise(model)
@@ -131,8 +140,11 @@ def load(path: Path, mode: str, world: int, *, dtype: torch.dtype = torch.float3
         fused.enable(mode)
     config = DistributedConfig(tp_size=world, tp_plan="auto", **distributed) if mode != "whole" and world > 1 else None
     settings: dict[str, Any] = {"dtype": dtype, "distributed_config": config}
-    if torch.cuda.is_available() and hasattr(transformers.AutoConfig.from_pretrained(path), "num_experts_per_tok"):
-        settings["experts_implementation"] = "batched_mm"  # GPUs have no fp32 grouped_mm that a graph may capture
+    if hasattr(transformers.AutoConfig.from_pretrained(path), "num_experts_per_tok"):
+        if dtype == torch.float64:
+            settings["experts_implementation"] = "eager"  # grouped_mm has no fp64
+        elif torch.cuda.is_available():
+            settings["experts_implementation"] = "batched_mm"  # nor, on GPUs, an fp32 that a graph may capture
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(path, **settings)
     finally:
