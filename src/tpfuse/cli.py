@@ -1,5 +1,5 @@
-"""The command line: `tpfuse info`, `check`, `generate`, `bench ops`, `bench model`. It starts its own ranks, or runs as
-one of them under torchrun. Bad input is one line on stderr and exit code 2; a failed check is exit code 1.
+"""The command line: `tpfuse info`, `check`, `tune`, `generate`, `bench ops`, `bench model`. It starts its own ranks, or
+runs as one of them under torchrun. Bad input is one line on stderr and exit code 2; a failed check is exit code 1.
 
 Modules that import torch are imported inside the commands, so that `--help` is quick.
 """
@@ -86,6 +86,31 @@ def check(world: World = None, device: Device = None, backend: Backend = "auto",
         checks.show(Console(), outcomes, f"{world} {device} ranks: requested {mode}, effective {results[0][1]}")
     if not all(outcome.ok for outcome in outcomes):
         raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    world: World = None,
+    device: Annotated[str, typer.Option(help="cuda: there is nothing to tune on a CPU.")] = "cuda",
+    output: Annotated[
+        Path | None, typer.Option(help="Write to this file.", show_default="where communicators look")
+    ] = None,
+) -> None:
+    """Measure up to how many rows each way of reducing is the fastest here, and keep that for communicators."""
+    from tpfuse.backends.cuda import tuning
+    from tpfuse.bench import tune as tuner
+
+    device = _device(device)
+    if output is not None:
+        _check_writable(output)
+    path = output or tuning.tuning_file()
+    tuning.read(path)  # what is no such file stays as it is
+    with _progress("tune") as progress:
+        found = tuner.run(world, device, progress=progress)
+    if _speaks():
+        Console().print(tuner.report(found))
+        tuning.save(path, found.model, found.world, found.thresholds)
+        print(f"written: {path}")
 
 
 @bench.callback(invoke_without_command=True)

@@ -22,10 +22,11 @@ from tpfuse.agreement import Board, agree, diagnose
 from tpfuse.backends import collective
 from tpfuse.backends.collective import Call, Collective
 from tpfuse.backends.cuda import backend as cuda_backend
+from tpfuse.backends.cuda import tuning
 from tpfuse.backends.cuda.all_reduce import why_not as why_not_reduce
 from tpfuse.backends.cuda.backend import CudaBackend
 from tpfuse.backends.cuda.sharded_norm import why_not
-from tpfuse.backends.cuda.workspace import availability
+from tpfuse.backends.cuda.workspace import availability, place
 from tpfuse.errors import CommunicatorClosed, InvalidArgument, TpfuseError, Unsupported
 from tpfuse.plan import MODES, Counter, Facts, Plan, Report, Route, combined_mode
 from tpfuse.quant import Format
@@ -99,7 +100,8 @@ class Communicator:
         facts = Facts(self.world, self.device.type, self.transport, mode, backend, max_hidden)
         agree(self._board, self._settings(facts), self.timeout)
         self._cuda, reason = self._start_cuda(facts)
-        self.plan = Plan(mode, backend, self.world, plan_routes(facts, reason))
+        routes = fallback_routes(facts, reason) if self._cuda is None else cuda_backend.routes(self._cuda.thresholds)
+        self.plan = Plan(mode, backend, self.world, routes)
         agree(self._board, {"plan": self.plan.fingerprint}, self.timeout, "plan")
         self._collective = Collective(self.group, self.device, self.transport, self.timeout, mode, self._fail)
         _by_name[self.name] = self
@@ -128,8 +130,10 @@ class Communicator:
             assert self.device.index is not None
             reason = availability(self._board, self.device.index, self.timeout)
         if reason is None:
+            thresholds = tuning.load(place(self.device.index).model, self.world)
+            thresholds = tuning.agreed(self._board, thresholds, self.timeout)
             try:
-                return CudaBackend(self._board, self.device, self.timeout, self._fail), ""
+                return CudaBackend(self._board, self.device, self.timeout, self._fail, thresholds), ""
             except Unsupported as error:
                 reason = str(error)
         if facts.backend == "cuda":
@@ -479,10 +483,8 @@ def why_not_cuda(facts: Facts) -> str | None:
     return "one rank: there is no exchange" if facts.world == 1 else None
 
 
-def plan_routes(facts: Facts, reason: str) -> tuple[Route, ...]:
-    """The routes of every op: cuda's, unless `reason` speaks against them."""
-    if not reason:
-        return cuda_backend.routes(facts.world)
+def fallback_routes(facts: Facts, reason: str) -> tuple[Route, ...]:
+    """The routes of every op where `reason` speaks against the cuda backend."""
     return tuple(replace(route, reason=reason if facts.mode == "fused" else "") for route in collective.routes(facts))
 
 

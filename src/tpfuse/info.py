@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tpfuse import __version__
-from tpfuse.backends.cuda import missing
+from tpfuse.backends.cuda import missing, tuning
+from tpfuse.backends.cuda.all_reduce import DEFAULTS, Thresholds
 from tpfuse.backends.cuda.backend import WORKSPACE_BYTES
-from tpfuse.backends.cuda.workspace import MAX_WORLD
+from tpfuse.backends.cuda.workspace import MAX_WORLD, place
+from tpfuse.errors import InvalidArgument
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,22 @@ class BackendState:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What a new communicator of so many of these GPUs goes by, and where it is from."""
+
+    world: int
+    thresholds: Thresholds
+    source: str
+
+
+@dataclass(frozen=True)
 class Info:
     versions: dict[str, str]
     cpu: str
     gpus: tuple[Gpu, ...]
     links: tuple[Link, ...]
     backends: tuple[BackendState, ...]
+    tuned: tuple[Tuned, ...]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,7 +70,9 @@ class Info:
 
 def collect() -> Info:
     gpus = tuple(_gpu(i) for i in range(torch.cuda.device_count()))
-    return Info(_versions(), cpu_name(), gpus, _links(len(gpus)), _backends())
+    backends = _backends()
+    tuned = thresholds_of(place(0).model, len(gpus)) if backends[0].available else ()
+    return Info(_versions(), cpu_name(), gpus, _links(len(gpus)), backends, tuned)
 
 
 def _gpu(index: int) -> Gpu:
@@ -129,6 +143,20 @@ def _backends() -> tuple[BackendState, ...]:
     )
 
 
+def thresholds_of(model: str, gpus: int) -> tuple[Tuned, ...]:
+    """For each number of ranks that so many GPUs of this model allow."""
+    path = tuning.tuning_file()
+    try:
+        found, other = tuning.read(path).get(model, {}), "default"
+    except InvalidArgument as error:
+        found, other = {}, f"default: {error}"
+    return tuple(
+        Tuned(world, found.get(world, default), str(path) if world in found else other)
+        for world, default in DEFAULTS.items()
+        if world <= gpus
+    )
+
+
 def _why_not_cuda() -> str | None:
     """Why the cuda backend can't work between the GPUs of this machine. Ranks judge again, together, for theirs."""
     count = torch.cuda.device_count()
@@ -161,3 +189,8 @@ def show(console: Console, info: Info) -> None:
     for b in info.backends:
         table.add_row(b.name, "[green]yes[/]" if b.available else "[red]no[/]", b.detail)
     console.print(table)
+    if info.tuned:
+        table = Table("ranks", "one-shot up to", "rows split up to", "from", title="thresholds of all-reduces, in rows")
+        for t in info.tuned:
+            table.add_row(str(t.world), str(t.thresholds.one_shot_rows), str(t.thresholds.split_rows), t.source)
+        console.print(table)

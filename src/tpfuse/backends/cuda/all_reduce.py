@@ -3,16 +3,16 @@
 The kernels and their protocol are in kernels/all_reduce.h. Algorithm and chunks follow from rows, width, dtype and the
 number of ranks, so that every rank does the same; how a rank spreads a row over blocks and threads is its own matter.
 
-Which kernel (4x H200; benchmarks/results/ has the figures):
-- one-shot up to ONE_SHOT_ROWS: its W - 1 rows of bytes cost less than a second flight over the links.
+Which kernel (4x H200; benchmarks/results/ has the figures), by Thresholds, which `tpfuse tune` measures elsewhere:
+- one-shot up to one_shot_rows: its W - 1 rows of bytes cost less than a second flight over the links.
 - two-shot above.
-- A row is split over blocks of 2 or 3 warps up to SPLIT_ROWS, where rows alone would leave multiprocessors idle.
+- A row is split over blocks of 2 or 3 warps up to split_rows, where rows alone would leave multiprocessors idle.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -36,14 +36,36 @@ WORKSPACE_BYTES = 60 << 20  # with the norms' own workspace less than 64 MiB
 MAX_GROUPS = 64  # kReduceGroups
 MAX_BLOCKS = 65535  # of a launch: the call counter has 16 bits for them; more rows take more launches
 
-ONE_SHOT_ROWS = {2: 64, 3: 24, 4: 16, 5: 12, 6: 12, 7: 8, 8: 8}  # by world
-SPLIT_ROWS = 128
-SPLIT = {"one_shot": 8, "two_shot": 6}  # most blocks of a row, up to SPLIT_ROWS
+MAX_WIDTH = MAX_GROUPS * GROUP
+MAX_SPLIT_ROWS = 1024
+SPLIT = {"one_shot": 8, "two_shot": 6}  # most blocks of a row, up to split_rows
 WIDE_WARPS = 24  # most warps of a block, else a thread has several vectors of a row
 
 FIXED = struct.Struct("8QQQQIIII")  # workspaces, own, error record, timeout, rank, op, half, padding
 LAYOUT = "8Q3q8I3f0Q"
 NO_RESIDUAL = "tpfuse::Nothing"
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Up to how many rows a call goes one way; above, the other. The same on every rank. Results don't depend on them:
+    all ways give the same bits."""
+
+    one_shot_rows: int
+    split_rows: int
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Row counts that stand for all others: whatever is compiled for these is all that there is."""
+        bounds = (self.one_shot_rows, self.split_rows)
+        return tuple(sorted({1, *bounds, *(bound + 1 for bound in bounds)} - {0}))
+
+
+# By number of ranks. Measured on 4x H200; the others are scaled from that by bytes, and not measured.
+DEFAULTS: Mapping[int, Thresholds] = {
+    world: Thresholds(one_shot_rows, 128)
+    for world, one_shot_rows in {2: 64, 3: 24, 4: 16, 5: 12, 6: 12, 7: 8, 8: 8}.items()
+}
 
 
 @dataclass(frozen=True)
@@ -95,16 +117,23 @@ class Variant:
         return f"tpfuse::reduce_{self.algorithm}<tpfuse::Form<{', '.join(map(str, template))}>>"
 
 
-def algorithm_for(rows: int, world: int, path: str) -> str:
+def limits(world: int) -> Thresholds:
+    """The largest thresholds: one-shot needs slots for every rank's row at once, of rows of any width and dtype."""
+    widest = slot_bytes(MAX_WIDTH, 4)
+    most = min(half_bytes() // (world * widest), ring_rows(MAX_WIDTH, 4, world, SPLIT["one_shot"]))
+    return Thresholds(most, MAX_SPLIT_ROWS)
+
+
+def algorithm_for(rows: int, path: str, thresholds: Thresholds) -> str:
     """The same on every rank. Before a gather there is an owner of each row, so that is two-shot at any size."""
-    return "one_shot" if rows <= ONE_SHOT_ROWS[world] and path != "early" else "two_shot"
+    return "one_shot" if rows <= thresholds.one_shot_rows and path != "early" else "two_shot"
 
 
-def spread(algorithm: str, rows: int, width: int, held: int, clusters: bool) -> tuple[int, int, int]:
+def spread(algorithm: str, width: int, held: int, split: bool) -> tuple[int, int, int]:
     """How a row is spread: blocks of a row, vectors of a thread, threads of a block. held: bytes of an element on all
-    ranks."""
+    ranks. split: over blocks, if it is wide enough."""
     groups = -(-width // GROUP)
-    most = min(SPLIT[algorithm], groups // 2) if clusters and rows <= SPLIT_ROWS else 1
+    most = min(SPLIT[algorithm], groups // 2) if split else 1
     if most > 1:
         warps = -(-groups // most)
         return -(-groups // warps), 1, 32 * warps
@@ -119,8 +148,8 @@ def ring_rows(width: int, itemsize: int, world: int, parts: int) -> int:
 
 
 def slot_bytes(width: int, itemsize: int) -> int:
-    """What a row takes of the workspace: whole vectors of 8 elements."""
-    return -(-width // 8) * 8 * itemsize
+    """What a row takes of the workspace: whole vectors of 8 elements, or one that is quantised, and its scale."""
+    return max(32, -(-width // 8) * 8 * itemsize)
 
 
 def half_bytes() -> int:
@@ -129,15 +158,17 @@ def half_bytes() -> int:
 
 def why_not(width: int) -> str:
     """Why the kernels can't serve rows of this width; empty if they can."""
-    if width > MAX_GROUPS * GROUP:
-        return f"cuda kernels reduce rows of up to {MAX_GROUPS * GROUP} elements; given {width}"
+    if width > MAX_WIDTH:
+        return f"cuda kernels reduce rows of up to {MAX_WIDTH} elements; given {width}"
     return ""
 
 
-def goes_early(rows: int, world: int, row_sharded: bool, residual: bool, quant: bool, keep_norm: bool) -> bool:
+def goes_early(
+    rows: int, thresholds: Thresholds, row_sharded: bool, residual: bool, quant: bool, keep_norm: bool
+) -> bool:
     """Whether rows are normed by their owners, before they are gathered: where only owners have the residual, and where
     the quantised row is all that anybody needs."""
-    small = rows <= ONE_SHOT_ROWS[world]
+    small = rows <= thresholds.one_shot_rows
     return row_sharded or (quant and not residual and not keep_norm and not small)
 
 
@@ -166,8 +197,10 @@ def variants(worlds: Sequence[int] = (2, 3, 4, 8), clusters: bool = True) -> Ite
         worlds, types, (1, 64, 4096), (256, 2880, 3072, 6144, 8192, 16384), (True, False)
     ):
         for path, (quant, layout, keep) in (("sum", formats[0]), *product(("norm", "early"), formats)):
-            algorithm = algorithm_for(rows, world, path)
-            spreading = spread(algorithm, rows, width, dtype.itemsize * world, clusters)
+            thresholds = DEFAULTS[world]
+            algorithm = algorithm_for(rows, path, thresholds)
+            split = clusters and rows <= thresholds.split_rows
+            spreading = spread(algorithm, width, dtype.itemsize * world, split)
             stream, weight = (None, dtype) if path == "sum" else (residual, gamma)
             variant = Variant(
                 algorithm, path, dtype, stream, weight, world, *spreading, aligned, quant, layout, keep
@@ -178,11 +211,19 @@ def variants(worlds: Sequence[int] = (2, 3, 4, 8), clusters: bool = True) -> Ite
 
 
 class AllReduce:
-    """Launches the kernels for one communicator. `space`: made by `workspace`."""
+    """Launches the kernels for one communicator. `space`: made with `fills`."""
 
-    def __init__(self, device: torch.device, rank: int, world: int, space: Workspace, timeout: float) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        rank: int,
+        world: int,
+        space: Workspace,
+        timeout: float,
+        thresholds: Thresholds,
+    ) -> None:
         assert device.index is not None
-        self._index, self._world = device.index, world
+        self._index, self._world, self._thresholds = device.index, world, thresholds
         self._arch = arch_of(device.index)
         self._clusters = attribute(device.index, "COMPUTE_CAPABILITY_MAJOR") >= 9
         bases = (*space.bases, *[0] * (8 - world))
@@ -294,15 +335,16 @@ class AllReduce:
         gamma = x.dtype if weight is None else weight.dtype
 
         def variant(count: int) -> Variant:
-            algorithm = algorithm_for(count, self._world, path)
-            spreading = spread(algorithm, count, width, x.element_size() * self._world, self._clusters)
+            algorithm = algorithm_for(count, path, self._thresholds)
+            split = self._clusters and count <= self._thresholds.split_rows
+            spreading = spread(algorithm, width, x.element_size() * self._world, split)
             return Variant(
                 algorithm, path, x.dtype, stream, gamma, self._world, *spreading, aligned, kind, layout, y is not None
             )
 
         # Calls with other numbers of rows are likely to come, perhaps first while a graph is captured.
         if not torch.cuda.is_current_stream_capturing():
-            for count in (1, SPLIT_ROWS, SPLIT_ROWS + 1):
+            for count in self._thresholds.edges:
                 self._launcher(op, variant(count))
         chosen = variant(rows)
         ring = ring_rows(width, x.element_size(), self._world, chosen.parts)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tpfuse.agreement import Board
 from tpfuse.backends.collective import Call
 from tpfuse.backends.cuda import all_reduce, sharded_norm
-from tpfuse.backends.cuda.all_reduce import ONE_SHOT_ROWS, AllReduce
+from tpfuse.backends.cuda.all_reduce import AllReduce, Thresholds
 from tpfuse.backends.cuda.sharded_norm import ShardedNorm
 from tpfuse.backends.cuda.workspace import Workspace
 from tpfuse.errors import TpfuseError
@@ -29,14 +29,14 @@ PACKET = 16  # bytes of a row's sums of squares, to one peer
 EARLY = Route("all_reduce_rms_norm", None, "cuda", "two-shot push, norm before gather", "fused", "")
 
 
-def routes(world: int) -> tuple[Route, ...]:
-    """How this backend serves the ops, in groups of this size."""
+def routes(thresholds: Thresholds) -> tuple[Route, ...]:
+    """How this backend serves the ops."""
     one, two = "one-shot push", "two-shot push"
     norms = (Route(op, None, "cuda", "push of sums", "fused", "") for op in sharded_norm.OPS)
     reductions = (
         Route(op, rows, "cuda", algorithm, "fused", "")
         for op in all_reduce.OPS
-        for rows, algorithm in ((ONE_SHOT_ROWS[world], one), (None, two))
+        for rows, algorithm in ((thresholds.one_shot_rows, one), (None, two))
     )
     return (*norms, *reductions)
 
@@ -50,9 +50,11 @@ class CudaBackend:
         device: torch.device,
         timeout: float,
         fail: Callable[[int, Call, str], TpfuseError],
+        thresholds: Thresholds,
     ) -> None:
         assert device.index is not None
         self._index, self._world, self._fail = device.index, board.world, fail
+        self.thresholds = thresholds
         self._spaces: list[Workspace] = []
         try:
             norms = Workspace(board, device.index, sharded_norm.workspace_bytes(), timeout)
@@ -63,7 +65,7 @@ class CudaBackend:
             )  # fmt: skip
             self._spaces.append(sums)
             self._norm = ShardedNorm(device, board.rank, board.world, norms, timeout)
-            self._reduce = AllReduce(device, board.rank, board.world, sums, timeout)
+            self._reduce = AllReduce(device, board.rank, board.world, sums, timeout, thresholds)
         except TpfuseError:
             self.close()
             raise
@@ -84,7 +86,7 @@ class CudaBackend:
 
     def _early(self, call: Call) -> bool:
         residual, quant = call.residual is not None, bool(call.quant)
-        return all_reduce.goes_early(call.rows, self._world, call.row_sharded, residual, quant, call.keep_norm)
+        return all_reduce.goes_early(call.rows, self.thresholds, call.row_sharded, residual, quant, call.keep_norm)
 
     def begin(self, number: int, call: Call, counter: Counter) -> None:
         """Announce a call."""

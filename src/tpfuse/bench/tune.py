@@ -1,0 +1,247 @@
+"""`tpfuse tune`: up to how many rows one way of reducing is faster than the next, measured on the user's GPUs.
+
+The ways are one-shot and two-shot, each with whole rows or with rows split over blocks. All give the same bits, which
+is looked at before anything is timed. Each is timed at each of ROWS, in the widths of the presets, as `bench ops` does
+it: CUDA graphs, inputs hot in the L2, the maximum over ranks of their medians.
+
+Chosen are the thresholds that make the geometric mean of all these times least: where the curves cross, without one
+noisy point deciding. Rank 0 chooses, the others take over its choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import exp, log
+from statistics import fmean
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from tpfuse.agreement import Board
+from tpfuse.backends.cuda.all_reduce import (
+    DEFAULTS,
+    MAX_SPLIT_ROWS,
+    WORKSPACE_BYTES,
+    AllReduce,
+    Thresholds,
+    algorithm_for,
+    fills,
+    limits,
+)
+from tpfuse.backends.cuda.workspace import MAX_WORLD, Workspace, availability, place
+from tpfuse.bench.cases import Case, Inputs, Outputs, make_inputs
+from tpfuse.bench.implementations import Ran
+from tpfuse.bench.method import CudaMethod, State, first_error, gathered, measure
+from tpfuse.errors import PeerTimeout, TpfuseError, Unsupported
+from tpfuse.launch import Progress, Rank, resolve_world, run_ranks
+from tpfuse.presets import PRESETS
+
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+WIDTHS = tuple(sorted({preset.hidden for preset in PRESETS.values()}))
+WORTH = 1.01  # other thresholds than the defaults must be so many times faster where they differ
+TIMEOUT = 30.0
+
+
+class Way(NamedTuple):
+    """How a call is served: what the thresholds decide."""
+
+    algorithm: str
+    split: bool
+
+    def __str__(self) -> str:
+        return f"{self.algorithm.replace('_', '-')}, {'split' if self.split else 'whole'} rows"
+
+    @property
+    def forced(self) -> Thresholds:
+        """Those that send every call this way."""
+        return Thresholds(ROWS[-1] if self.algorithm == "one_shot" else 0, MAX_SPLIT_ROWS if self.split else 0)
+
+
+class Size(NamedTuple):
+    rows: int
+    width: int
+
+
+WAYS = tuple(Way(algorithm, split) for algorithm, split in product(("one_shot", "two_shot"), (True, False)))
+
+Times = Mapping[Size, Mapping[Way, float]]  # µs
+Timer = Callable[[Size], Mapping[Way, float]]  # the maximum over ranks; collective
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured, and what follows from it."""
+
+    model: str  # of the GPUs, as workspace.Place has it
+    world: int
+    times: Times
+    thresholds: Thresholds
+
+
+def run(world: int | None = None, device_type: str = "cuda", *, progress: Progress | None = None) -> Tuning:
+    """Tune on W GPUs of this machine (None: all), or under torchrun. Raises Unsupported where there are none."""
+    if device_type != "cuda":
+        raise Unsupported(f"tune: it measures kernels of GPUs; --device {device_type} has none of them.")
+    if torch.cuda.device_count() < 2:
+        raise Unsupported(f"tune: needs at least 2 GPUs that reach each other; torch sees {torch.cuda.device_count()}.")
+    ranks = resolve_world(world, device_type)
+    if not 2 <= ranks <= MAX_WORLD:
+        raise Unsupported(f"tune: {ranks} ranks; the kernels serve 2 to {MAX_WORLD}. Use --world.")
+    results: list[Tuning] = run_ranks(job, world=ranks, device_type=device_type, progress=progress)
+    return results[0]
+
+
+def job(rank: Rank) -> Tuning:
+    """What each rank runs. Collective throughout."""
+    with torch.no_grad(), GpuTimer(rank) as timer:
+        return tune(rank, timer, place(timer.device.index).model)
+
+
+def tune(rank: Rank, timer: Timer, model: str, rows: Sequence[int] = ROWS, widths: Sequence[int] = WIDTHS) -> Tuning:
+    sizes = [Size(count, width) for width, count in product(widths, rows)]
+    times = {}
+    for done, size in enumerate(sizes):
+        rank.progress(done, len(sizes), f"{size.rows} x {size.width}")
+        times[size] = timer(size)
+    rank.progress(len(sizes), len(sizes), "done")
+    chosen: Thresholds = gathered(choose(times, rank.world))[0]
+    return Tuning(model, rank.world, times, chosen)
+
+
+def choose(times: Times, world: int) -> Thresholds:
+    """The thresholds that the times speak for; the defaults unless others are faster by WORTH."""
+    rows, default, most = sorted({size.rows for size in times}), DEFAULTS[world], limits(world)
+    pairs = [Thresholds(*pair) for pair in product((n for n in rows if n <= most.one_shot_rows), (0, *rows))]
+    best = min((default, *pairs), key=lambda pair: fmean(log(us) for us in served(times, pair).values()))
+    before, after = served(times, default), served(times, best)
+    changed = [log(before[size] / after[size]) for size in times if before[size] != after[size]]
+    return best if changed and exp(fmean(changed)) > WORTH else default
+
+
+def served(times: Times, thresholds: Thresholds) -> dict[Size, float]:
+    """The times that calls take under these thresholds."""
+    return {size: ways[way_of(size.rows, thresholds)] for size, ways in times.items()}
+
+
+def way_of(rows: int, thresholds: Thresholds) -> Way:
+    return Way(algorithm_for(rows, "norm", thresholds), rows <= thresholds.split_rows)
+
+
+class GpuTimer:
+    """Times all_reduce_rms_norm in every way there is for a size. All ways share one workspace, as calls do."""
+
+    def __init__(self, rank: Rank) -> None:
+        assert dist.group.WORLD is not None
+        self._rank = rank
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        index, board = self.device.index, Board(dist.group.WORLD, "tune")
+        reason = availability(board, index, TIMEOUT)
+        if reason is not None:
+            raise Unsupported(f"tune: the cuda backend can't work here: {reason}.")
+        self._space = Workspace(board, index, WORKSPACE_BYTES, TIMEOUT, fills=fills())
+        self._method = CudaMethod(self.device)
+        self._candidates = [
+            Candidate(way, AllReduce(self.device, rank.rank, rank.world, self._space, TIMEOUT, way.forced))
+            for way in WAYS
+        ]
+
+    def __call__(self, size: Size) -> dict[Way, float]:
+        world, bf16 = self._rank.world, torch.bfloat16
+        case = Case("all_reduce_rms_norm", size.rows, (size.width,), world, 1e-6, 0.0, bf16, bf16, "contiguous")
+        fits = size.rows <= limits(world).one_shot_rows
+        able = [c for c in self._candidates if fits or c.way.algorithm == "two_shot"]
+        error = first_error(self._different_bits(case, able))
+        figures = [] if error else measure(case, State("hot", 1), able, self._method, self._rank.rank, self.device)
+        self._check()
+        times = {}
+        for candidate, figure in zip(able, figures, strict=False):
+            error = error or figure.error
+            if figure.us is not None:
+                times[candidate.way] = figure.us
+        if error:
+            raise TpfuseError(f"tune: {case}: {error}. Nothing was stored; run `tpfuse check`.")
+        return times
+
+    def _different_bits(self, case: Case, able: Sequence[Candidate]) -> str:
+        inputs = make_inputs(case, self._rank.rank, 0, self.device)
+        first, *others = ((c, c.step(case, inputs)) for c in able)
+        return next(
+            (
+                f"{other.name} and {first[0].name} differ"
+                for other, results in others
+                if not all(map(torch.equal, results, first[1]))
+            ),
+            "",
+        )
+
+    def _check(self) -> None:
+        torch.cuda.synchronize()
+        record = self._space.read_error()
+        if record is not None:
+            raise PeerTimeout(f"tune: rank {record.peer} did not arrive within {TIMEOUT:g} s. Look at its own log.")
+
+    def __enter__(self) -> GpuTimer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._space.close()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way, as something that the method measures."""
+
+    way: Way
+    reduce: AllReduce
+    in_place: bool = False
+
+    @property
+    def name(self) -> str:
+        return str(self.way)
+
+    def serves(self, op: str) -> bool:
+        return op == "all_reduce_rms_norm"
+
+    def step(self, case: Case, inputs: Inputs) -> Outputs:
+        x, residual = inputs["x"], inputs["residual"]
+        norm, new = torch.empty_like(x), torch.empty_like(residual)
+        self.reduce.all_reduce_rms_norm(
+            x, inputs["weight"], residual, new, norm, None, None, None, case.eps, case.weight_bias, False,
+            torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+        return norm, new
+
+    def ran(self, case: Case) -> Ran:
+        return Ran("cuda", self.name, "", "", "")
+
+
+def report(tuning: Tuning) -> RenderableType:
+    """µs by rows and way, the geometric mean over widths; what the thresholds take is bold."""
+    widths = ", ".join(str(width) for width in sorted({size.width for size in tuning.times}))
+    title = f"all_reduce_rms_norm, {tuning.world} x {tuning.model}, µs, geometric mean over widths {widths}"
+    table = Table(title=title)
+    table.add_column("rows", justify="right")
+    for way in WAYS:
+        table.add_column(str(way), justify="right")
+    table.add_column("choice")
+    for rows in sorted({size.rows for size in tuning.times}):
+        chosen = way_of(rows, tuning.thresholds)
+        means = {way: _mean([ways[way] for size, ways in tuning.times.items() if size.rows == rows and way in ways])
+                 for way in WAYS}  # fmt: skip
+        cells = [f"[bold]{us}[/]" if way == chosen else us for way, us in means.items()]
+        table.add_row(str(rows), *cells, str(chosen))
+    now, default = tuning.thresholds, DEFAULTS[tuning.world]
+    same = "as by default" if now == default else f"by default {default.one_shot_rows} and {default.split_rows}"
+    return Group(table, f"one-shot up to {now.one_shot_rows} rows, rows split up to {now.split_rows} ({same})")
+
+
+def _mean(times: Sequence[float]) -> str:
+    return f"{exp(fmean(map(log, times))):.2f}" if times else "-"
