@@ -23,6 +23,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -169,7 +170,16 @@ def _finish(model: Any, load_config: Any, loading_info: Any) -> Any:
         made.sharding.finish()
         made.sharding.put_together(made.base, made.architecture)
         model.requires_grad_(False)
+        _meet(made.comm)
     return info
+
+
+def _meet(comm: Communicator) -> None:
+    """Wait for the other ranks, which read their files at a speed of their own: the first call of the Communicator waits
+    no longer than its timeout, the process group as long as it was told to."""
+    arrived = torch.ones(1, device=comm.device)
+    dist.all_reduce(arrived, group=comm.group)
+    arrived.item()
 
 
 def shard(
