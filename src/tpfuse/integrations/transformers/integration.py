@@ -175,8 +175,8 @@ def _finish(model: Any, load_config: Any, loading_info: Any) -> Any:
 
 
 def _meet(comm: Communicator) -> None:
-    """Wait for the other ranks, which read their files at a speed of their own: the first call of the Communicator waits
-    no longer than its timeout, the process group as long as it was told to."""
+    """Wait for the other ranks, which read files at a speed of their own. The first call of the Communicator would wait
+    no longer than its timeout; the process group waits as long as it was told to."""
     arrived = torch.ones(1, device=comm.device)
     dist.all_reduce(arrived, group=comm.group)
     arrived.item()
