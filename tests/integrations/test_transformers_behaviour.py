@@ -95,7 +95,9 @@ def test_hidden_states_are_whole_and_later_forwards_defer_again(name, checkpoint
         assert found["calls"] == tiny.expected_calls(name, "fused")
 
 
-@pytest.mark.parametrize("module", ["layers.0", "layers.1.mlp", "layers.1.self_attn", "layers.2", "norm"])
+@pytest.mark.parametrize(
+    "module", ["layers.0", "layers.1.mlp", "layers.1.self_attn", "layers.2", "layers.1.input_layernorm", "norm"]
+)
 @pytest.mark.parametrize("name", ["llama", "minimax-m2"])
 def test_a_hook_sees_what_it_would_see_in_the_whole_model(name, module, checkpoint, on_ranks):
     expected = on_ranks(1, jobs.hooked, checkpoint(name), "whole", module)[0]
@@ -104,7 +106,9 @@ def test_a_hook_sees_what_it_would_see_in_the_whole_model(name, module, checkpoi
         assert (found["logits"] - expected["logits"]).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("module", ["layers.1", "norm"])
+@pytest.mark.parametrize(
+    "module", ["layers.1", "layers.1.input_layernorm", "layers.1.post_attention_layernorm", "norm"]
+)
 def test_a_hook_before_a_layer_sees_a_tensor(module, checkpoint, on_ranks):
     expected = on_ranks(1, jobs.hooked, checkpoint("llama"), "whole", module, True)[0]
     for found in on_ranks(2, jobs.hooked, checkpoint("llama"), "fused", module, True):

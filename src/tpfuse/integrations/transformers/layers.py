@@ -22,12 +22,12 @@ def two_norms(layer: Module, follower: Module) -> Forward:
     """Attention and MLP, each behind a norm: the layer of Llama and most others."""
 
     def forward(hidden_states: Stream, **kwargs: Any) -> Stream:
-        normed = layer.input_layernorm(hidden_states)
+        stream = shown(hidden_states, layer.input_layernorm)
+        normed = layer.input_layernorm(stream)
         attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
-        stream = join(total(hidden_states), attended)
+        stream = shown(join(total(stream), attended), layer.post_attention_layernorm)
         normed = layer.post_attention_layernorm(stream)
-        stream = join(total(stream), layer.mlp(normed))
-        return reduced(stream) if watched(layer, follower) else stream
+        return shown(join(total(stream), layer.mlp(normed)), layer, follower)
 
     return forward
 
@@ -78,10 +78,15 @@ def model(module: Module, deferral: Deferral) -> Forward:
     return forward
 
 
-def watched(module: nn.Module, follower: nn.Module | None = None) -> bool:
-    """Whether a hook sees what the module returns. transformers' own hooks stay for good once they were needed, so
-    they count only while they collect hidden states. follower: who takes the value, and may have hooks before it."""
-    if follower is not None and follower._forward_pre_hooks:
+def shown(stream: Stream, *modules: nn.Module) -> Stream:
+    """The residual stream as these modules may have it, who give or take it: whole, if a hook of one sees it."""
+    return reduced(stream) if any(watched(module) for module in modules) else stream
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether a hook sees what the module takes or returns. transformers' own hooks stay for good once they were
+    needed, so they count only while they collect hidden states."""
+    if module._forward_pre_hooks:
         return True
     return any(hook.__module__ != CAPTURING or _collecting() for hook in module._forward_hooks.values())
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tpfuse.deferred import join, reduced, total
+from tpfuse.deferred import join, total
 from tpfuse.integrations.transformers.architecture import (
     Architecture,
     Config,
@@ -24,7 +24,7 @@ from tpfuse.integrations.transformers.architecture import (
     parts,
     rows,
 )
-from tpfuse.integrations.transformers.layers import Stream, watched
+from tpfuse.integrations.transformers.layers import Stream, shown
 from tpfuse.integrations.transformers.split import Segment
 
 MIXER = "layers.*.mixer"
@@ -42,7 +42,8 @@ def one_norm(layer: Module, follower: Module) -> Forward:
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Stream:
-        normed = layer.norm(hidden_states)
+        stream = shown(hidden_states, layer.norm)
+        normed = layer.norm(stream)
         if kind == "linear_attention":
             mixed = layer.mixer(normed, cache_params=past_key_values, attention_mask=attention_mask, **kwargs)
         elif kind == "full_attention":
@@ -50,8 +51,7 @@ def one_norm(layer: Module, follower: Module) -> Forward:
             mixed, _ = layer.mixer(hidden_states=normed, attention_mask=attention_mask, **kwargs)
         else:
             mixed = layer.mixer(normed)
-        stream = join(total(hidden_states), mixed)
-        return reduced(stream) if watched(layer, follower) else stream
+        return shown(join(total(stream), mixed), layer, follower)
 
     return forward
 
