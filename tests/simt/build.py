@@ -35,6 +35,16 @@ def cache_folder() -> Path:
     return folder
 
 
+def kept(name: str, suffix: str, text: str) -> Path:
+    """A file in the cache folder; its name follows from its text, or binaries made from it could not be kept."""
+    path = cache_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}{suffix}"
+    if not path.exists():
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(text)
+        scratch.replace(path)
+    return path
+
+
 def build(driver: Path, *, sanitize: bool = False) -> Path:
     """The binary of `driver` (a .cpp with a main), compiled if it is not there yet."""
     machine_flags = FLAGS + (ASAN if sanitize else ())

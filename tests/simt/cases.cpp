@@ -99,7 +99,63 @@ void misaligned(u64 seed) {
   m.run();
 }
 
+// Every block of a cluster of four sends a word to all; `words` is how many a gate waits for.
+void cluster_of_four(u64 seed, u32 words, bool all_wait, u32* right) {
+  Machine m(1, seed);
+  m.launch(0, 8, 32,
+           [=] {
+             TPF_SHARED(u64, gate);
+             TPF_SHARED(u32[4], numbers);
+             u32 part = block_index() % 4;
+             cluster_open(&gate, 1, words * 4);
+             if (lane() < 4) cluster_post(&numbers[part], 10 + part, &gate, lane());
+             while ((all_wait || part > 0) && !cluster_arrived(&gate)) spin_pause();
+             if (lane() == 0 && numbers[0] + numbers[1] + numbers[2] + numbers[3] == 46) ++*right;
+           },
+           {false, 4});
+  m.run();
+}
+void a_block_leaves_its_cluster(u64 seed) {
+  u32 right = 0;
+  cluster_of_four(seed, 4, false, &right);
+}
+void too_many_words(u64 seed) {
+  u32 right = 0;
+  cluster_of_four(seed, 1, true, &right);
+}
+
 // ---- promises that must be kept
+
+void cluster(u64 seed) {
+  u32 right = 0;
+  cluster_of_four(seed, 4, true, &right);
+  expect(right == 8, "wrong words in a cluster");
+}
+
+// What a thread has loaded back, or what its block has after a barrier, is no longer on its way.
+void loaded_back(u64 seed) {
+  Machine m(2, seed);
+  u32* x = m.alloc_zeroed<u32>(0, 64, "x");
+  u32* go = m.alloc_zeroed<u32>(1, 2, "go");
+  m.launch(1, 1, 32, [=] { store_system(x + lane(), 5u); });
+  m.launch(1, 1, 32, [=] {
+    while (load_system(go + lane() % 2) == 0) spin_pause();
+    store_system(x + lane(), 6u);
+    store_system(x + 32 + lane(), 6u);
+  });
+  m.launch(0, 1, 32, [=] {
+    while (load_system(x + lane()) != 5) spin_pause();
+    store_global(x + lane(), 0u);
+    store_global(x + 32 + lane(), 1u);
+    expect(load_system(x + lane()) == 0, "a thread does not read what it wrote");
+    barrier();
+    expect(load_system(x + 63 - lane()) == 1, "a thread does not read what its block wrote before a barrier");
+    barrier();
+    if (lane() < 2) store_system(go + lane(), 1u);
+  });
+  m.run();
+  for (u32 i = 0; i < 64; ++i) expect(x[i] == 6, "a store came back over a later one");
+}
 
 template <class T>
 void runs_everything(u64 seed) {
@@ -254,11 +310,34 @@ void weak_order(u64 seed) {
   overtaking.note(*seen == 1);
 }
 
+Seen overwriting;
+// A plain store to own memory may come after a peer's store that was sent later.
+void late_own_stores(u64 seed) {
+  Machine m(2, seed);
+  u32* x = m.alloc_zeroed<u32>(0, 1, "x");
+  u32* go = m.alloc_zeroed<u32>(1, 1, "go");
+  m.launch(1, 1, 1, [=] {
+    store_system(x, 5u);
+    while (load_system(go) == 0) spin_pause();
+    store_system(x, 6u);
+  });
+  m.launch(0, 1, 1, [=] {
+    while (load_system(x) != 5) spin_pause();
+    store_global(x, 0u);
+    store_system(go, 1u);
+  });
+  m.run();
+  expect(*x == 0 || *x == 6, "neither of two stores");
+  overwriting.note(*x == 0);
+}
+
 Seen tearing;
 // Whether a reader sees the four words, or each 8-byte half of them, change at once.
 template <class Store>
-bool arrives_whole(u64 seed, bool halves, Store store) {
-  Machine m(2, seed);
+bool arrives_whole(u64 seed, bool halves, Store store, u32 system_bytes = 8) {
+  simt::Options options;
+  options.system_bytes = system_bytes;
+  Machine m(2, seed, options);
   Vec16* x = m.alloc_zeroed<Vec16>(1, 1, "x");
   bool whole = true;
   m.launch(0, 1, 1, [=] { store(x, Vec16{{1, 1, 1, 1}}); });
@@ -276,7 +355,8 @@ void torn(u64 seed) {
   expect(arrives_whole(seed, true, [](Vec16* p, Vec16 v) { store_system(p, v); }), "half a system store was torn");
   bool system = arrives_whole(seed, false, [](Vec16* p, Vec16 v) { store_system(p, v); });
   bool plain = arrives_whole(seed, true, [](Vec16* p, Vec16 v) { store_global(p, v); });
-  tearing.note(!system && !plain);
+  bool words = arrives_whole(seed, true, [](Vec16* p, Vec16 v) { store_system(p, v); }, 4);
+  tearing.note(!system && !plain && !words);
 }
 
 Seen overlap;
@@ -327,6 +407,11 @@ const std::map<std::string, void (*)(u64)> kCases = {
     {"mixed_meeting", mixed_meeting},
     {"shuffle_from_the_dead", shuffle_from_the_dead},
     {"hang", hang},
+    {"a_block_leaves_its_cluster", a_block_leaves_its_cluster},
+    {"too_many_words", too_many_words},
+    {"cluster", cluster},
+    {"loaded_back", loaded_back},
+    {"late_own_stores", late_own_stores},
     {"endless", endless},
     {"out_of_bounds", out_of_bounds},
     {"out_of_bounds_raw", out_of_bounds_raw},
@@ -350,6 +435,7 @@ const std::map<std::string, void (*)(u64)> kCases = {
 
 int main(int argc, char** argv) {
   int status = simt::for_seeds(argc, argv, kCases.at(argv[1]));
-  std::printf("overtaking=%u tearing=%u overlap=%u behind=%u\n", overtaking.yes, tearing.yes, overlap.yes, behind.yes);
+  std::printf("overtaking=%u tearing=%u overlap=%u behind=%u overwriting=%u\n", overtaking.yes, tearing.yes,
+              overlap.yes, behind.yes, overwriting.yes);
   return status;
 }

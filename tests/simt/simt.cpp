@@ -77,6 +77,7 @@ struct Region {
   Guarded memory;
   u32 rank;
   std::string name;
+  bool peers_write = false;
 };
 
 // ---- blocks and grids
@@ -104,8 +105,9 @@ struct Thread {
   u32 index = 0;
   u64 id = 0;  // unique over all launches
   State state = State::runnable;
-  u32 slot = 0;     // in block->runnable
-  u64 spun_in = 0;  // the round in which it last came to spin_pause
+  u32 slot = 0;      // in block->runnable
+  u64 spun_in = 0;   // the round in which it last came to spin_pause
+  u32 barriers = 0;  // of the whole block, behind it
   const char* doing = "start";
   Site site = {"", 0};
   Meeting meeting = Meeting::sync;
@@ -121,15 +123,24 @@ struct Barrier {
   std::vector<Thread*> waiting;
 };
 
+// Blocks that start together and reach each other's shared memory.
+struct Cluster {
+  std::vector<Block*> blocks;  // nullptr: has ended
+  std::vector<Thread*> opening;
+};
+
 struct Block {
   Grid* grid = nullptr;
+  std::shared_ptr<Cluster> cluster;
+  u64 id = 0;        // unique over all launches
+  u32 incoming = 0;  // words from its cluster on their way
   u32 index = 0, living = 0;
   u32 slot = 0;  // in the rank's ready list
   bool triggered = false;
   u64 stalled_until = 0;
   u32 quiet_warps = 0;  // mask
   Spinning spinning;
-  u32 awaiting_dependency = 0;
+  u32 awaiting_others = 0;  // threads that wait for a grid or for the cluster
   std::unique_ptr<Thread[]> threads;
   std::vector<Thread*> runnable;
   std::vector<Warp> warps;
@@ -140,10 +151,10 @@ struct Block {
 struct Grid {
   u32 rank = 0;
   u64 number = 0;
-  u32 blocks = 0, block_threads = 0;
+  u32 blocks = 0, block_threads = 0, cluster = 1;
   bool pdl = false;
   std::function<void()> kernel;
-  std::vector<u32> order;
+  std::vector<u32> order;                    // of clusters
   u32 started = 0, released = 0, ended = 0;  // blocks; released: triggered or ended
   u64 undelivered = 0;
   bool complete = false;
@@ -156,20 +167,25 @@ struct Rank {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Block*> ready;  // blocks that have a runnable thread
   u32 runnable = 0;           // threads
+  // A thread that came to spin_pause since anything changed on its rank has seen all there is, and need not run.
+  u64 round = 1;
   Spinning spinning;
   u32 slowness = 1;
   u64 weight = 1;
   u64 launches = 0;
 };
 
-// A store on its way to a peer.
+// A store on its way: to a peer, to own memory that peers write to, or to the shared memory of a block of the cluster.
 struct Parcel {
   u64 due, tie;  // in steps; ties in random order
-  u64 sequence, thread;
+  u64 sequence, thread, block;
+  u32 barriers;  // behind the thread
   Grid* grid;
   char* to;
-  u32 bytes;
+  u32 bytes, rank;  // where it goes
   std::array<unsigned char, 16> data;
+  Block* target = nullptr;  // of the cluster
+  u64* gate = nullptr;
 };
 bool later(const Parcel& a, const Parcel& b) { return std::tie(a.due, a.tie) > std::tie(b.due, b.tie); }
 
@@ -200,7 +216,7 @@ struct Machine::Impl {
 
   // memory
   void* alloc_bytes(u32 rank, size_t bytes, const char* name);
-  const Region& find(const void* p, u32 bytes);
+  Region& find(const void* p, u32 bytes);
   void check_fences();
 
   // blocks and grids
@@ -208,16 +224,19 @@ struct Machine::Impl {
   bool may_start(const Rank& rank, size_t position) const;
   bool start_one(u32 rank);
   bool start_any();
-  void start_block(Grid& grid, u32 index);
+  void start_block(Grid& grid, u32 index, const std::shared_ptr<Cluster>& cluster);
   void retire(Thread& t);
   void retire_block(Block& block);
   void finish_if_complete(Grid& grid);
 
   // undelivered stores
+  Parcel parcel(char* to, const void* from, u32 bytes, u32 rank);
+  void push(const Parcel& parcel);
   void send(char* to, const void* from, u32 bytes, u32 peer);
   void deliver(const Parcel& parcel);
   void deliver_first();
   void deliver_own(const char* from, u32 bytes);
+  bool is_known(const Parcel& parcel) const;
 
   // scheduler
   void run();
@@ -226,12 +245,14 @@ struct Machine::Impl {
   Rank* pick_rank();
   Block& pick_block(Rank& rank);
   Thread& pick_thread(Block& block);
-  bool awake(const Rank& rank) const { return rank.runnable > rank.spinning.in(round); }
-  bool awake(const Block& block) const { return block.runnable.size() > block.spinning.in(round); }
-  bool awake(const Thread& t) const { return t.spun_in != round; }
+  bool awake(const Rank& rank) const { return rank.runnable > rank.spinning.in(rank.round); }
+  bool awake(const Block& block) const {
+    return block.runnable.size() > block.spinning.in(ranks[block.grid->rank].round);
+  }
+  bool awake(const Thread& t) const { return t.spun_in != ranks[t.block->grid->rank].round; }
   void count_spinning(Thread& t, i32 n);
   void new_epoch();
-  void progress();
+  void progress(u32 rank);
   void idle();
   void make_runnable(Thread& t);
   void put_to_sleep(Thread& t);
@@ -250,6 +271,10 @@ struct Machine::Impl {
   void dependency_wait(Site site);
   void dependency_trigger();
   void spin_pause();
+  void cluster_open(u64* gates, u32 count, u32 bytes, Site site);
+  void cluster_post(u32* variable, u32 word, u64* gate, u32 to, Site site);
+  bool cluster_arrived(const u64* gate, Site site);
+  char* in_block(Block& target, const void* variable);
   void* shared(const void* key, size_t bytes);
   void check_stuck(const Block& block);
 
@@ -261,18 +286,18 @@ struct Machine::Impl {
   const Options options;
   Random random;
   std::map<const char*, Region> regions;
-  const Region* last_region = nullptr;
+  Region* last_region = nullptr;
   std::vector<Rank> ranks;
   std::vector<Parcel> parcels;            // a heap, the first due on top
   std::unordered_map<u64, u64> last_due;  // of the stores of one thread to one word
+  std::unordered_map<u64, u32> late;      // how many stores to a word of own memory are on their way
   u64 steps = 0, now_ns = 0;
-  u64 parcels_sent = 0, threads_made = 0, blocks_ended = 0;
+  u64 parcels_sent = 0, threads_made = 0, blocks_made = 0, blocks_ended = 0;
   u32 runnable = 0;
-  // A thread that came to spin_pause since the last progress has seen all there is, and need not run.
-  u64 round = 1, leap_ns = 0, idle_ns = 0;
+  u64 leap_ns = 0, idle_ns = 0;
   // What a seed chooses once.
   u32 system_odds, plain_odds, burst, epoch_steps, quiet_odds;
-  std::vector<u32> pair_delay;
+  std::vector<u32> pair_delay, pair_loss;  // from * ranks + to
   std::string failure;
 
   static Impl* active;
@@ -293,6 +318,7 @@ Machine::Impl::Impl(u32 world, u64 seed, Options options) : options(options), ra
   epoch_steps = kEpoch[random.below(3)];
   quiet_odds = kQuiet[random.below(3)];
   for (u32 i = 0; i < world * world; ++i) pair_delay.push_back(kDelay[random.below(4)]);
+  pair_loss.resize(world * world);
 }
 
 // ---- memory
@@ -304,7 +330,7 @@ void* Machine::Impl::alloc_bytes(u32 rank, size_t bytes, const char* name) {
   return begin;
 }
 
-const Region& Machine::Impl::find(const void* p, u32 bytes) {
+Region& Machine::Impl::find(const void* p, u32 bytes) {
   const char* at = static_cast<const char*>(p);
   auto inside = [&](const Region& r) {
     return at >= r.memory.begin() && at + bytes <= r.memory.begin() + r.memory.bytes();
@@ -315,7 +341,7 @@ const Region& Machine::Impl::find(const void* p, u32 bytes) {
   }
   auto next = regions.upper_bound(at);
   if (next == regions.begin()) fail("access outside of all device memory");
-  const Region& region = std::prev(next)->second;
+  Region& region = std::prev(next)->second;
   if (!inside(region)) {
     fail(text("%u-byte access out of bounds: byte %lld of '%s' of rank %u, which has %zu", bytes,
               i64(at - region.memory.begin()), region.name.c_str(), region.rank, region.memory.bytes()));
@@ -333,19 +359,21 @@ void Machine::Impl::check_fences() {
 // ---- blocks and grids
 
 void Machine::Impl::launch(u32 rank, u32 grid, u32 block, std::function<void()> kernel, Launch how) {
-  if (rank >= ranks.size() || grid == 0 || block == 0 || block > 1024) fail("launch with an impossible geometry");
+  if (rank >= ranks.size() || grid == 0 || block == 0 || block > 1024 || how.cluster == 0 || grid % how.cluster != 0)
+    fail("launch with an impossible geometry");
   Rank& r = ranks[rank];
   auto g = std::make_unique<Grid>();
   g->rank = rank;
   g->number = r.launches++;
   g->blocks = grid;
   g->block_threads = block;
+  g->cluster = how.cluster;
   g->pdl = how.pdl;
   g->kernel = std::move(kernel);
   g->previous_complete = r.stream.empty() || r.stream.back()->complete;
-  for (u32 i = 0; i < grid; ++i) g->order.push_back(i);
+  for (u32 i = 0; i < grid / how.cluster; ++i) g->order.push_back(i);
   if (!options.in_index_order) {
-    for (u32 i = grid - 1; i > 0; --i) std::swap(g->order[i], g->order[random.below(i + 1)]);
+    for (u32 i = grid / how.cluster - 1; i > 0; --i) std::swap(g->order[i], g->order[random.below(i + 1)]);
   }
   r.stream.push_back(std::move(g));
 }
@@ -358,11 +386,14 @@ bool Machine::Impl::may_start(const Rank& rank, size_t position) const {
 
 bool Machine::Impl::start_one(u32 rank) {
   Rank& r = ranks[rank];
-  if (r.blocks.size() >= options.resident_blocks) return false;
   for (size_t i = 0; i < r.stream.size() && may_start(r, i); ++i) {
     Grid& grid = *r.stream[i];
     if (grid.started == grid.blocks) continue;
-    start_block(grid, grid.order[grid.started++]);
+    if (!r.blocks.empty() && r.blocks.size() + grid.cluster > options.resident_blocks) return false;
+    u32 first = grid.order[grid.started / grid.cluster] * grid.cluster;
+    auto cluster = std::make_shared<Cluster>();
+    for (u32 block = 0; block < grid.cluster; ++block) start_block(grid, first + block, cluster);
+    grid.started += grid.cluster;
     return true;
   }
   return false;
@@ -387,10 +418,13 @@ void run_thread(void* argument) {
   t->state = State::done;
 }
 
-void Machine::Impl::start_block(Grid& grid, u32 index) {
-  progress();
+void Machine::Impl::start_block(Grid& grid, u32 index, const std::shared_ptr<Cluster>& cluster) {
+  progress(grid.rank);
   auto block = std::make_unique<Block>();
   block->grid = &grid;
+  block->id = ++blocks_made;
+  block->cluster = cluster;
+  cluster->blocks.push_back(block.get());
   block->index = index;
   block->living = grid.block_threads;
   block->warps.resize((grid.block_threads + kWarp - 1) / kWarp);
@@ -409,8 +443,8 @@ void Machine::Impl::start_block(Grid& grid, u32 index) {
 
 // Meeting points wait for the living only, as hardware does: a thread that leaves may be the one that was waited for.
 void Machine::Impl::retire(Thread& t) {
-  progress();
   Block& block = *t.block;
+  progress(block.grid->rank);
   t.state = State::runnable;  // for put_to_sleep, which takes it off the list
   put_to_sleep(t);
   t.state = State::done;
@@ -429,6 +463,10 @@ void Machine::Impl::retire_block(Block& block) {
       fail(text("block %u of rank %u wrote outside of a shared variable", block.index, block.grid->rank));
   }
   Grid& grid = *block.grid;
+  if (block.incoming != 0)
+    fail(text("block %u of rank %u ended before %u words from its cluster came", block.index, grid.rank,
+              block.incoming));
+  block.cluster->blocks[block.index % grid.cluster] = nullptr;
   if (!block.triggered) ++grid.released;
   ++grid.ended;
   ++blocks_ended;
@@ -441,14 +479,14 @@ void Machine::Impl::retire_block(Block& block) {
 
 void Machine::Impl::finish_if_complete(Grid& grid) {
   if (grid.ended != grid.blocks || grid.undelivered != 0) return;
-  progress();
+  progress(grid.rank);
   grid.complete = true;
   auto& stream = ranks[grid.rank].stream;
   auto self = std::find_if(stream.begin(), stream.end(), [&](auto& g) { return g.get() == &grid; });
   if (auto next = self + 1; next != stream.end()) {
     (*next)->previous_complete = true;
     for (Thread* t : (*next)->dependents) {
-      --t->block->awaiting_dependency;
+      --t->block->awaiting_others;
       make_runnable(*t);
     }
     (*next)->dependents.clear();
@@ -464,29 +502,54 @@ u64 word_key(u64 thread, const char* p) { return (reinterpret_cast<uintptr_t>(p)
 
 // Delays are counted in rounds, the steps it takes everybody to move once: most stores arrive within a round or
 // a few, some after everybody else has done a great deal.
-void Machine::Impl::send(char* to, const void* from, u32 bytes, u32 peer) {
-  Grid& grid = *current->block->grid;
+Parcel Machine::Impl::parcel(char* to, const void* from, u32 bytes, u32 rank) {
+  const Thread& t = *current;
+  Grid& grid = *t.block->grid;
   u32 round = runnable + 1, kind = random.below(8);
   u32 spread = kind < 4 ? round : kind < 7 ? 8 * round : 64 * round;
-  u64 delay = random.below(spread) * pair_delay[grid.rank * ranks.size() + peer];
-  Parcel parcel{steps + delay, random.next(), ++parcels_sent, current->id, &grid, to, bytes, {}};
-  std::memcpy(parcel.data.data(), from, bytes);
-  for (u32 i = 0; i < bytes; i += 4) {
-    auto known = last_due.find(word_key(current->id, to + i));
-    if (known != last_due.end()) parcel.due = std::max(parcel.due, known->second + 1);
-  }
-  for (u32 i = 0; i < bytes; i += 4) last_due[word_key(current->id, to + i)] = parcel.due;
-  ++grid.undelivered;
+  u64 delay = random.below(spread) * pair_delay[grid.rank * ranks.size() + rank], tie = random.next();
+  Parcel out{steps + delay, tie, ++parcels_sent, t.id, t.block->id, t.barriers, &grid, to, bytes, rank, {}};
+  std::memcpy(out.data.data(), from, bytes);
+  return out;
+}
+
+void Machine::Impl::push(const Parcel& parcel) {
+  ++parcel.grid->undelivered;
   parcels.push_back(parcel);
   std::push_heap(parcels.begin(), parcels.end(), later);
 }
 
+void Machine::Impl::send(char* to, const void* from, u32 bytes, u32 peer) {
+  u32 here = current->block->grid->rank, loss = pair_loss[here * ranks.size() + peer];
+  if (loss != 0 && random.one_in(loss)) return;
+  Parcel out = parcel(to, from, bytes, peer);
+  for (u32 i = 0; i < bytes; i += 4) {
+    auto known = last_due.find(word_key(out.thread, to + i));
+    if (known != last_due.end()) out.due = std::max(out.due, known->second + 1);
+  }
+  for (u32 i = 0; i < bytes; i += 4) {
+    last_due[word_key(out.thread, to + i)] = out.due;
+    if (peer == here) ++late[word_key(0, to + i)];
+  }
+  push(out);
+}
+
 void Machine::Impl::deliver(const Parcel& parcel) {
-  progress();
+  progress(parcel.rank);
   std::memcpy(parcel.to, parcel.data.data(), parcel.bytes);
-  for (u32 i = 0; i < parcel.bytes; i += 4) {
-    auto known = last_due.find(word_key(parcel.thread, parcel.to + i));
-    if (known != last_due.end() && known->second == parcel.due) last_due.erase(known);
+  if (parcel.gate) {
+    if (*parcel.gate == 0 || *parcel.gate % 4 != 0 || *parcel.gate > 1 << 20)
+      fail("a word comes through a gate that is not open, or has had all its words");
+    *parcel.gate -= parcel.bytes;
+    --parcel.target->incoming;
+  } else {
+    for (u32 i = 0; i < parcel.bytes; i += 4) {
+      auto known = last_due.find(word_key(parcel.thread, parcel.to + i));
+      if (known != last_due.end() && known->second == parcel.due) last_due.erase(known);
+      if (auto word = parcel.rank == parcel.grid->rank ? late.find(word_key(0, parcel.to + i)) : late.end();
+          word != late.end() && --word->second == 0)
+        late.erase(word);
+    }
   }
   --parcel.grid->undelivered;
   finish_if_complete(*parcel.grid);
@@ -499,15 +562,20 @@ void Machine::Impl::deliver_first() {
   deliver(parcel);
 }
 
-// A thread reads back what it wrote to a peer: program order holds for one address.
+// Whether a store comes before what the running thread does now: it is its own, or of its block and before a barrier.
+bool Machine::Impl::is_known(const Parcel& p) const {
+  return !p.gate && (p.thread == current->id || (p.block == current->block->id && p.barriers < current->barriers));
+}
+
+// A thread reads back what it wrote: program order holds for one address.
 void Machine::Impl::deliver_own(const char* from, u32 bytes) {
   bool pending = false;
-  for (u32 i = 0; i < bytes; i += 4) pending |= last_due.count(word_key(current->id, from + i)) != 0;
+  for (u32 i = 0; i < bytes; i += 4)
+    pending |= last_due.count(word_key(current->id, from + i)) != 0 || late.count(word_key(0, from + i)) != 0;
   if (!pending) return;
-  auto overlaps = [&](const Parcel& p) {
-    return p.thread == current->id && p.to < from + bytes && from < p.to + p.bytes;
-  };
-  auto rest = std::partition(parcels.begin(), parcels.end(), [&](const Parcel& p) { return !overlaps(p); });
+  auto wanted = [&](const Parcel& p) { return p.to < from + bytes && from < p.to + p.bytes && is_known(p); };
+  auto rest = std::partition(parcels.begin(), parcels.end(), [&](const Parcel& p) { return !wanted(p); });
+  if (rest == parcels.end()) return std::make_heap(parcels.begin(), parcels.end(), later);
   std::vector<Parcel> own(rest, parcels.end());
   parcels.erase(rest, parcels.end());
   std::make_heap(parcels.begin(), parcels.end(), later);
@@ -588,14 +656,15 @@ void Machine::Impl::new_epoch() {
   for (Rank& rank : ranks) rank.weight = std::max<u64>(1, (u64(1024) << random.below(8)) / rank.slowness);
 }
 
-void Machine::Impl::progress() {
-  ++round;
+void Machine::Impl::progress(u32 rank) {
+  ++ranks[rank].round;
   leap_ns = idle_ns = 0;
 }
 
 void Machine::Impl::count_spinning(Thread& t, i32 n) {
-  t.block->spinning.add(round, n);
-  ranks[t.block->grid->rank].spinning.add(round, n);
+  Rank& rank = ranks[t.block->grid->rank];
+  t.block->spinning.add(rank.round, n);
+  rank.spinning.add(rank.round, n);
 }
 
 // Everybody waits. What is on its way arrives; if nothing is, time passes, faster and faster, until a deadline lets
@@ -605,7 +674,7 @@ void Machine::Impl::idle() {
   if (start_any()) return;
   if (!parcels.empty()) return deliver_first();
   if (runnable == 0) fail("nothing can run");
-  ++round;
+  for (Rank& rank : ranks) ++rank.round;
   leap_ns = leap_ns ? std::min(2 * leap_ns, kSecond) : options.ns_per_step;
   now_ns += leap_ns;
   idle_ns += leap_ns;
@@ -660,20 +729,35 @@ void Machine::Impl::load(void* to, const void* from, u32 bytes, Scope scope, Sit
   at(scope == Scope::system ? "load_system" : "a plain load", site);
   preempt(scope == Scope::system ? system_odds : plain_odds);
   const Region& region = find(from, bytes);
-  if (region.rank != current->block->grid->rank) deliver_own(static_cast<const char*>(from), bytes);
-  std::memcpy(to, from, bytes);
+  if (region.peers_write || region.rank != current->block->grid->rank)
+    deliver_own(static_cast<const char*>(from), bytes);
+  u32 piece = scope == Scope::system ? options.system_bytes : 16;
+  if (bytes <= piece || options.system_bytes == 8) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  u32 first = random.below(bytes / piece);
+  for (u32 i = 0; i < bytes / piece; ++i) {
+    if (i != 0) preempt(8 * system_odds);
+    u32 at = (first + i) % (bytes / piece) * piece;
+    std::memcpy(static_cast<char*>(to) + at, static_cast<const char*>(from) + at, piece);
+  }
 }
 
 void Machine::Impl::store(void* to, const void* from, u32 bytes, Scope scope, Site site) {
   at(scope == Scope::system ? "store_system" : "a plain store", site);
   preempt(scope == Scope::system ? system_odds : plain_odds);
-  progress();
-  const Region& region = find(to, bytes);
-  if (region.rank == current->block->grid->rank) {
+  Region& region = find(to, bytes);
+  bool own = region.rank == current->block->grid->rank;
+  if (own && region.peers_write && scope == Scope::plain) return send(static_cast<char*>(to), from, bytes, region.rank);
+  if (own) {
+    if (region.peers_write) deliver_own(static_cast<const char*>(to), bytes);
+    progress(region.rank);
     std::memcpy(to, from, bytes);
     return;
   }
-  u32 piece = std::min(bytes, scope == Scope::system ? 8u : 4u);
+  region.peers_write = true;
+  u32 piece = std::min(bytes, scope == Scope::system ? options.system_bytes : 4);
   for (u32 i = 0; i < bytes; i += piece) {
     send(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, piece, region.rank);
   }
@@ -682,8 +766,10 @@ void Machine::Impl::store(void* to, const void* from, u32 bytes, Scope scope, Si
 u32 Machine::Impl::add(u32* p, u32 x, Site site) {
   at("an atomic addition", site);
   preempt(system_odds);
-  progress();
-  if (find(p, sizeof(u32)).rank != current->block->grid->rank) fail("an atomic addition to a peer's memory");
+  Region& region = find(p, sizeof(u32));
+  progress(region.rank);
+  if (region.rank != current->block->grid->rank) fail("an atomic addition to a peer's memory");
+  if (region.peers_write) deliver_own(reinterpret_cast<const char*>(p), sizeof(u32));
   u32 old = *p;
   *p = old + x;
   return old;
@@ -755,8 +841,12 @@ void Machine::Impl::barrier(u32 id, u32 threads, Site site) {
 }
 
 void Machine::Impl::release_barrier(Barrier& barrier) {
-  progress();
-  for (Thread* t : barrier.waiting) make_runnable(*t);
+  if (!barrier.waiting.empty()) progress(barrier.waiting[0]->block->grid->rank);
+  bool whole_block = !barrier.waiting.empty() && &barrier == &barrier.waiting[0]->block->barriers[0];
+  for (Thread* t : barrier.waiting) {
+    t->barriers += whole_block;
+    make_runnable(*t);
+  }
   barrier.waiting.clear();
 }
 
@@ -767,7 +857,7 @@ void Machine::Impl::dependency_wait(Site site) {
   preempt(system_odds);
   if (!grid.pdl || grid.previous_complete) return;
   grid.dependents.push_back(&t);
-  ++t.block->awaiting_dependency;
+  ++t.block->awaiting_others;
   put_to_sleep(t);
   yield();
 }
@@ -782,10 +872,63 @@ void Machine::Impl::dependency_trigger() {
 
 void Machine::Impl::spin_pause() {
   if (awake(*current)) {
-    current->spun_in = round;
+    current->spun_in = ranks[current->block->grid->rank].round;
     count_spinning(*current, 1);
   }
   yield();
+}
+
+// The variable of another block of the cluster that is this block's `variable`.
+char* Machine::Impl::in_block(Block& target, const void* variable) {
+  const char* p = static_cast<const char*>(variable);
+  for (auto& [key, memory] : current->block->shared) {
+    if (p < memory.begin() || p >= memory.begin() + memory.bytes()) continue;
+    auto there = target.shared.find(key);
+    if (there == target.shared.end()) fail("the other block has not come to this shared variable yet");
+    return there->second.begin() + (p - memory.begin());
+  }
+  fail("not a shared variable");
+}
+
+void Machine::Impl::cluster_open(u64* gates, u32 count, u32 bytes, Site site) {
+  Thread& t = *current;
+  at("cluster_open", site);
+  preempt(system_odds);
+  if (t.index == 0) std::fill_n(gates, count, bytes);
+  Cluster& cluster = *t.block->cluster;
+  cluster.opening.push_back(&t);
+  ++t.block->awaiting_others;
+  put_to_sleep(t);
+  if (cluster.opening.size() == size_t(t.block->grid->cluster) * t.block->grid->block_threads) {
+    progress(t.block->grid->rank);
+    for (Thread* thread : cluster.opening) {
+      --thread->block->awaiting_others;
+      make_runnable(*thread);
+    }
+    cluster.opening.clear();
+  }
+  yield();
+}
+
+// Words come in any order, and at any time.
+void Machine::Impl::cluster_post(u32* variable, u32 word, u64* gate, u32 to, Site site) {
+  Thread& t = *current;
+  Grid& grid = *t.block->grid;
+  at("cluster_post", site);
+  preempt(system_odds);
+  Block* target = to < grid.cluster ? t.block->cluster->blocks[to] : nullptr;
+  if (!target) fail(text("a word to block %u of the cluster, which is not there", to));
+  Parcel out = parcel(in_block(*target, variable), &word, sizeof word, grid.rank);
+  out.target = target;
+  out.gate = reinterpret_cast<u64*>(in_block(*target, gate));
+  ++target->incoming;
+  push(out);
+}
+
+bool Machine::Impl::cluster_arrived(const u64* gate, Site site) {
+  at("cluster_arrived", site);
+  preempt(system_odds);
+  return *gate == 0;
 }
 
 void* Machine::Impl::shared(const void* key, size_t bytes) {
@@ -797,7 +940,7 @@ void* Machine::Impl::shared(const void* key, size_t bytes) {
 
 // Meeting points are inside the block, so one in which nobody can move never moves again.
 void Machine::Impl::check_stuck(const Block& block) {
-  if (block.runnable.empty() && block.awaiting_dependency == 0) {
+  if (block.runnable.empty() && block.awaiting_others == 0) {
     fail("a block is stuck: its threads wait in different places\n" + where_block_stands(block));
   }
 }
@@ -855,6 +998,7 @@ Machine::~Machine() {
 }
 void* Machine::alloc_bytes(u32 rank, size_t bytes, const char* name) { return impl_->alloc_bytes(rank, bytes, name); }
 void Machine::slow(u32 rank, u32 factor) { impl_->ranks[rank].slowness = factor; }
+void Machine::lose(u32 from, u32 to, u32 one_in) { impl_->pair_loss[from * impl_->ranks.size() + to] = one_in; }
 void Machine::launch(u32 rank, u32 grid, u32 block, std::function<void()> kernel, Launch how) {
   impl_->launch(rank, grid, block, std::move(kernel), how);
 }
@@ -901,6 +1045,13 @@ void spin_pause(Site site) {
   Impl::active->at("spin_pause", site);
   Impl::active->spin_pause();
 }
+void cluster_open(u64* gates, u32 count, u32 bytes, Site site) {
+  Impl::active->cluster_open(gates, count, bytes, site);
+}
+void cluster_post(u32* variable, u32 word, u64* gate, u32 to, Site site) {
+  Impl::active->cluster_post(variable, word, gate, to, site);
+}
+bool cluster_arrived(const u64* gate, Site site) { return Impl::active->cluster_arrived(gate, site); }
 void* shared(const void* key, u64 bytes) { return Impl::active->shared(key, bytes); }
 
 }  // namespace tpfuse::host

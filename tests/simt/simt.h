@@ -11,7 +11,11 @@
 //   - Blocks of a rank start in random order, as many at a time as `resident_blocks` allows.
 //   - Memory between ranks is weak: a store to a peer waits in a pool and is delivered after a random delay, in any
 //     order. Only stores of one thread to the same bytes keep their order. System-scope stores arrive in pieces of 8
-//     bytes, plain ones in pieces of 4. Memory of the own rank is written at once.
+//     bytes, plain ones in pieces of 4. Memory of the own rank is written at once, but for plain stores to what peers
+//     write to as well: these are late, too, and overwrite what came meanwhile. A thread that loads what it stored, or
+//     what its block stored before a barrier, brings it about.
+//   - Blocks of a cluster start together. Words to each other's shared memory arrive late and in any order; one that
+//     finds its block gone, or its gate closed, is a failure.
 //   - Launches of a rank run in stream order. With `pdl`, blocks may start as soon as every block of the grid before
 //     has triggered or ended, and `dependency_wait` holds them until that grid is complete and its stores delivered.
 //   - `clock_ns` is virtual: it advances with every step, and leaps while all threads only spin and nothing is on its
@@ -51,10 +55,13 @@ struct Options {
   bool in_index_order = false;
   u64 step_limit = 50'000'000;
   u64 ns_per_step = 10;
+  // What system-scope stores of more bytes arrive in. 4: loads come apart too, for protocols that need no more.
+  u32 system_bytes = 8;
 };
 
 struct Launch {
   bool pdl = false;
+  u32 cluster = 1;  // blocks that start together and reach each other's shared memory
 };
 
 // What the machine found wrong, and where each thread stood.
@@ -83,6 +90,8 @@ class Machine {
 
   // Gives a rank that much less of the machine's time.
   void slow(u32 rank, u32 factor);
+  // From now on one store in so many between two ranks never arrives; 0: all do.
+  void lose(u32 from, u32 to, u32 one_in);
   // Appends to the rank's stream; nothing runs before `run`. A rank that never comes is one that is not launched.
   void launch(u32 rank, u32 grid, u32 block, std::function<void()> kernel, Launch how = {});
   // Runs until every launched grid is complete.

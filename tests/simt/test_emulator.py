@@ -87,6 +87,11 @@ def test_planted_bug_is_found(bug: str, world: int) -> None:
         ("mixed_meeting", "lanes of one warp meet in different operations"),
         ("shuffle_from_the_dead", "shuffles from lane 20, which is not there"),
         ("hang", r"a hang: .*spin_pause at cases.cpp:\d+: threads 0-31"),
+        (
+            "a_block_leaves_its_cluster",
+            r"ended before \d words from its cluster came|of the cluster, which is not there",
+        ),
+        ("too_many_words", "a gate that is not open, or has had all its words"),
         ("endless", "step limit reached.*load_system at cases.cpp"),
         ("out_of_bounds", "byte 40 of 'x' of rank 1, which has 40"),
         ("out_of_bounds_raw", "written outside of 'x' of rank 0"),
@@ -113,6 +118,8 @@ def test_address_sanitizer_sees_fibers(case: str) -> None:
         "waves",
         "shared_is_per_block",
         "named_barrier",
+        "cluster",
+        "loaded_back",
         "the_living_meet",
         "time_leaps",
         "a_rare_look_at_the_clock",
@@ -126,6 +133,7 @@ def test_promise_is_kept(case: str, sanitize: bool) -> None:
     ("case", "what"),
     [
         ("weak_order", "overtaking"),
+        ("late_own_stores", "overwriting"),
         ("torn", "tearing"),
         ("pdl_overlaps", "overlap"),
         ("slow_rank_falls_behind", "behind"),

@@ -7,8 +7,6 @@ kernels, and a bounded number of seeds has to notice.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import struct
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -22,23 +20,13 @@ from torch import Tensor
 from tpfuse import reference
 from tpfuse.rope import Rope
 
-from .build import KERNELS, build, cache_folder, compiler, run
+from .build import KERNELS, build, compiler, kept, run
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no host C++ compiler")
 
 HEADER = (KERNELS / "sharded_norm.h").read_text()
 KINDS = ("row", "block")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the driver's `Type`
-
-
-def kept(name: str, suffix: str, text: str) -> Path:
-    """A file in the cache folder; its name follows from its text, or binaries made from it could not be kept."""
-    path = cache_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}{suffix}"
-    if not path.exists():
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(text)
-        scratch.replace(path)
-    return path
 
 
 def driver(name: str, **defines: str) -> Path:
