@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= test,plot,cuda,dev
+EXTRAS ?= test,plot,cuda,dev,transformers
 PRESET ?= minimax-m2
 OUT ?= out
 
