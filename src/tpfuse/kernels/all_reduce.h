@@ -338,7 +338,7 @@ class RowShare {
       if constexpr (kLight) {
         bool looks = lane() < W && lane() != a.rank && group(v) < a.groups;
         bool came = !looks || await_last_word(slots + lane() * a.stride, v, 8 * sizeof(T), lane());
-        good = good && !any(!came);
+        good = !any(!came) && good;  // the whole warp votes, also lanes that gave up on the vector before
       }
       Lane<T> all[W];
       TPF_UNROLL
