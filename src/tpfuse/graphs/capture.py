@@ -1,0 +1,147 @@
+"""What a CUDA graph is to the rest of the package: something that records a call once and replays it.
+
+`Mechanism` is the interface. `CudaGraphs` is the one that users get; the tests have a stand-in that records calls and
+replays them on a CPU, with the same promises: fixed buffers, results that a replay overwrites, nothing computed while
+recording.
+
+Design record
+- Captures run on a stream of their own for each lane (a lane is a stream that calls come on): blocks of a pool belong
+  to the stream that they were allocated on, so lanes share a pool and never each other's memory.
+- `capture_begin` and `capture_end` are called directly. `torch.cuda.graph` collects garbage and empties the cache at
+  every entry, which for sixty pieces of twenty sizes is minutes.
+- Results are handed out as views that don't own their memory (`unowned`): a piece's result may be overwritten by
+  graphs captured after its last reader, in the order in which they replay. Without that, memory grows with the number
+  of layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Graph(Protocol):
+    """A recorded call."""
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class Mechanism(Protocol):
+    """How calls are recorded. Pools are opaque handles."""
+
+    name: str
+
+    def why_not(self, device: torch.device) -> str:
+        """Why tensors of this device can't be captured, now; empty where they can."""
+        ...
+
+    def lane(self) -> Hashable:
+        """What calls come on: graphs of one lane never run at the same time."""
+        ...
+
+    def new_pool(self) -> Any:
+        """A handle of a pool that has no memory yet."""
+        ...
+
+    def capture(self, run: Callable[..., Any], inputs: Sequence[Any], pool: Any, lane: Hashable) -> tuple[Graph, Any]:
+        """Record `run(*inputs)`. Returns the graph, and the results, which have no values before the first replay.
+
+        Whatever `run` raises passes through; the stream and the pool can be used afterwards.
+        """
+        ...
+
+    def unowned(self, tensor: Tensor) -> Tensor:
+        """The same memory, without keeping it."""
+        ...
+
+    def held(self, pool: Any) -> int:
+        """Bytes that a pool holds."""
+        ...
+
+    def wait(self) -> None:
+        """Until nothing that was replayed is running."""
+        ...
+
+    def give_back(self) -> None:
+        """Return memory that nobody uses any more to the device."""
+        ...
+
+
+class CudaGraphs:
+    """CUDA graphs of the current device, in memory pools of torch's allocator."""
+
+    name = "CUDA graphs"
+
+    def __init__(self) -> None:
+        self._streams: dict[Hashable, torch.cuda.Stream] = {}
+
+    def why_not(self, device: torch.device) -> str:
+        if device.type != "cuda":
+            return f"tensors are on {device.type}; CUDA graphs need GPUs"
+        if torch.cuda.is_current_stream_capturing():
+            return "inside a capture of the caller's: recorded into that"
+        return ""
+
+    def lane(self) -> Hashable:
+        stream = torch.cuda.current_stream()
+        return stream.device_index, stream.cuda_stream
+
+    def new_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+
+    def capture(self, run: Callable[..., Any], inputs: Sequence[Any], pool: Any, lane: Hashable) -> tuple[Graph, Any]:
+        if lane not in self._streams:
+            self._streams[lane] = torch.cuda.Stream()
+        stream, current = self._streams[lane], torch.cuda.current_stream()
+        stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                results = run(*inputs)
+            except BaseException:
+                _abandon(graph, pool, stream)
+                raise
+            try:
+                graph.capture_end()
+            except BaseException:
+                _abandon(None, pool, stream)
+                raise
+        current.wait_stream(stream)
+        return graph, results
+
+    def unowned(self, tensor: Tensor) -> Tensor:
+        whole = tensor.untyped_storage()
+        storage = torch._C._construct_storage_from_data_pointer(whole.data_ptr(), tensor.device, whole.nbytes())
+        view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return view.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    def held(self, pool: Any) -> int:
+        if pool is None:
+            return 0
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(pool, include_traces=False))
+
+    def wait(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def give_back(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _abandon(graph: torch.cuda.CUDAGraph | None, pool: Any, stream: torch.cuda.Stream) -> None:
+    """End a capture that failed. `capture_end` of an invalid capture raises, and in some versions of torch before the
+    allocator has left the pool; leaving it twice raises, too. The error that counts is the caller's."""
+    with contextlib.suppress(RuntimeError):
+        if graph is not None:
+            graph.capture_end()
+            graph.reset()
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
