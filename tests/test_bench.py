@@ -17,8 +17,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from tpfuse.bench import machine
-from tpfuse.bench.cases import Case, Inputs, Outputs, cases_of, difference, expected, make_inputs
+from tpfuse.backends.cuda.backend import EARLY
+from tpfuse.bench import ceilings, machine
+from tpfuse.bench.cases import OPS as BENCH_OPS
+from tpfuse.bench.cases import (
+    Case,
+    Inputs,
+    Outputs,
+    cases_of,
+    check_ops,
+    difference,
+    expected,
+    make_inputs,
+    ops_of,
+)
 from tpfuse.bench.ceilings import Rates, ceiling_us, link_bytes, memory_bytes
 from tpfuse.bench.implementations import BASELINES, Baseline, Ran, Site, Step, Tpfuse, find_baselines
 from tpfuse.bench.ops import finish, job, parse_tokens, run
@@ -82,11 +94,10 @@ def ranks() -> Iterator[Ranks]:
 def records(ranks: Ranks) -> list[Record]:
     """A run of everything: tpfuse, every baseline of ours, and the bad ones."""
     steps: list[tuple[int, int, str]] = []
-    results = ranks.run(
-        job, PRESETS["minimax-m2"], "fused", (5,), (*BASELINES.values(), *BAD), progress=lambda *s: steps.append(s)
-    )
+    m2, baselines = PRESETS["minimax-m2"], (*BASELINES.values(), *BAD)
+    results = ranks.run(job, m2, "fused", (5,), baselines, ops_of(m2), progress=lambda *s: steps.append(s))
     assert results[0] == results[1]  # every rank has the same rows
-    assert steps[-1][0] == steps[-1][1] == 4
+    assert steps[-1][0] == steps[-1][1] == 8
     found: list[Record] = results[0]
     return found
 
@@ -99,10 +110,11 @@ def rows(records: list[Record], impl: str) -> list[Record]:
 def test_every_op_has_a_time(ranks: Ranks, records: list[Record], name: str) -> None:
     preset = PRESETS[name]
     baselines = find_baselines(["gloo", "gather"])
-    found = records if name == "minimax-m2" else ranks.run(job, preset, "fused", (3,), baselines)[0]
-    for impl, ops in ((TPFUSE, preset.ops), ("gloo", preset.ops), ("gather", ("qk_rms_norm", "qk_rms_norm_rope"))):
+    every = ops_of(preset)
+    found = records if name == "minimax-m2" else ranks.run(job, preset, "fused", (3,), baselines, every)[0]
+    for impl, ops in ((TPFUSE, every), ("gloo", every), ("gather", ("qk_rms_norm", "qk_rms_norm_rope"))):
         ours = rows(found, impl)
-        assert {r.op for r in ours} == set(ops) & set(preset.ops)
+        assert {r.op for r in ours} == set(ops) & set(every)
         for r in ours:
             assert r.ok, r.error
             assert r.us is not None
@@ -117,6 +129,14 @@ def test_rows_say_what_really_ran(records: list[Record]) -> None:
         assert r.gpu.startswith("CPU: ")
     assert modes(records) == ("fused", "control")
     assert result_name("minimax-m2", records) == "ops-minimax-m2-cpux2-control.jsonl"
+
+
+def test_rows_say_which_variant_they_are_of(records: list[Record]) -> None:
+    found = {r.op: (r.layout, r.quant) for r in records}
+    assert found == {name: (op.layout, op.quant) for name, op in BENCH_OPS.items()}
+    assert found["all_reduce_rms_norm_rows_fp8_per_token"] == ("row_sharded", "fp8_per_token")
+    (gloo,) = (r for r in records if r.op == "all_reduce_rms_norm_fp8_static" and r.impl == "gloo")
+    assert gloo.algorithm == "all-reduce in place, add, norm, cast"
 
 
 class Counted:
@@ -188,7 +208,7 @@ def test_report_shows_modes_ratios_and_failures(records: list[Record], tmp_path:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "requested fused, effective control" in text
     assert "On a CPU only ratios" in text
-    assert text.count("the best baseline's speed") == 4
+    assert text.count("the best baseline's speed") == 8
     assert text.count("vs without RoPE") == 1
     assert re.search(r"[+-]\d+% │", text)
     assert "failed: no_sum, all rows: rank 0: wrong result" in text
@@ -232,7 +252,7 @@ def test_labels_do_not_overlap() -> None:
 
 
 def case(preset: str, op: str, tokens: int, world: int) -> Case:
-    return next(c for c in cases_of(PRESETS[preset], world, [tokens]) if c.op == op)
+    return cases_of(PRESETS[preset], world, [tokens], [op])[0]
 
 
 def test_bytes_by_hand() -> None:
@@ -249,20 +269,52 @@ def test_bytes_by_hand() -> None:
     assert memory_bytes(norm) == 10 * 4096 * (2 + 4 + 2 + 4) + 4096 * 2
     assert link_bytes(norm) == 10 * 4096 * 2
     assert ceiling_us(reduce, Rates(copy=1e6, link=46080.0)) == 2.0
+    assert ceiling_us(reduce, Rates(copy=1e6, link=46080.0), "one-shot push") == 4.0
     assert ceiling_us(reduce, Rates(copy=122.88, link=46080.0)) == 1000.0
     assert ceiling_us(reduce, Rates(copy=122880.0, link=None)) == 1.0
 
 
+def test_bytes_of_variants_by_hand() -> None:
+    payload = 10 * 3072 * 2  # bf16
+    plain, static, token, own, both = (
+        case("minimax-m2", f"all_reduce_rms_norm{suffix}", 10, 4)
+        for suffix in ("", "_fp8_static", "_fp8_per_token", "_rows", "_rows_fp8_per_token")
+    )
+    assert memory_bytes(plain) == 4 * payload + 6144
+    assert memory_bytes(static) == 3.5 * payload + 4 + 6144
+    assert memory_bytes(token) == 3.5 * payload + 10 * 4 + 6144
+    assert memory_bytes(own) == 2 * payload + 2 * 3 * 6144 + 6144  # 3 of 10 rows of the residual, read and written
+    assert memory_bytes(both) == 1.5 * payload + 40 + 2 * 3 * 6144 + 6144
+    early = EARLY.algorithm
+    assert [link_bytes(c, "one-shot push") for c in (plain, token)] == [3 * payload] * 2
+    assert [link_bytes(c, "two-shot push") for c in (plain, static, token)] == [1.5 * payload] * 3
+    assert link_bytes(own, early) == 1.5 * payload
+    assert link_bytes(both, early) == (0.75 + 0.375) * payload  # quantised rows go back in one byte an element
+
+
+def test_the_links_of_a_known_gpu_are_a_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "_copy_rate", lambda device: 4e6)
+    for measured, name, link in (
+        (319e3, "NVIDIA H200", 353e3),
+        (360e3, "NVIDIA H200", 360e3),
+        (319e3, "NVIDIA H200 NVL", 319e3),
+    ):
+        monkeypatch.setattr(ceilings, "_link_rate", lambda device, world, rate=measured: rate)
+        monkeypatch.setattr(ceilings, "device_name", lambda device, model=name: model)
+        assert ceilings.measure_rates(CPU, 4) == Rates(4e6, link)
+        assert ceilings.measure_rates(CPU, 1) == Rates(4e6, None)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_check_sees_what_is_wrong(name: str) -> None:
-    for one in cases_of(PRESETS[name], 2, [5]):
+    for one in cases_of(PRESETS[name], 2, [5], ops_of(PRESETS[name])):
         right = expected(one, 1, 0, CPU)
         assert difference(one, right, right) == ""
         assert "wrong result" in difference(one, right[:-1], right)
         for number in range(len(right)):
             spoilt = [y.clone() for y in right]
-            spoilt[number][4, 7] = torch.nan
-            assert "1 of" in difference(one, tuple(spoilt), right)
+            spoilt[number][-1, -1] = torch.nan
+            assert f"{one.widths[0] if spoilt[number].shape[1] == 1 else 1} of" in difference(one, tuple(spoilt), right)
         alone = replace(one, world=1, widths=one.local)  # what this rank alone would get
         assert "wrong result" in difference(one, expected(alone, 0, 0, CPU), right)
 
@@ -275,6 +327,28 @@ def test_every_rank_makes_the_same_inputs_and_none_is_zero() -> None:
     assert not torch.equal(first["x"], other["x"])
     assert not torch.equal(first["x"], make_inputs(one, 0, 1, CPU)["x"])
     assert all(bool((row != 0).any()) for row in first["x"])
+
+
+@pytest.mark.parametrize("op", [name for name, op in BENCH_OPS.items() if op.quant != "none"])
+def test_a_quantised_norm_may_be_a_step_of_its_format_off_and_no_more(op: str) -> None:
+    one = case("minimax-m2", op, 5, 2)
+    quant, *others = expected(one, 0, 0, CPU)
+    largest = int(quant[3].float().abs().argmax())
+    for steps, wrong in ((1, False), (3, True)):
+        codes = quant.view(torch.uint8).clone()
+        codes[3, largest] -= steps
+        found = difference(one, (codes.view(quant.dtype), *others), (quant, *others))
+        assert bool(found) == wrong, found
+
+
+def test_which_ops_run() -> None:
+    m2, m3 = PRESETS["minimax-m2"], PRESETS["minimax-m3"]
+    assert set(ops_of(m2)) == set(BENCH_OPS)
+    assert ops_of(m2, variants=False) == m2.ops
+    assert not any(op.startswith("qk") for op in ops_of(m3))
+    assert check_ops(m3, ["all_reduce", "all_reduce"]) == ("all_reduce",)
+    with pytest.raises(InvalidArgument, match="op 'qk_rms_norm'; minimax-m3 has: all_reduce, "):
+        check_ops(m3, ["qk_rms_norm"])
 
 
 def test_names_and_numbers_from_the_command_line() -> None:

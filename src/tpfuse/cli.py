@@ -128,6 +128,10 @@ def bench_ops(
     tokens: Annotated[
         str | None, typer.Option(help="Row counts, e.g. 1,8,64.", show_default="1 to 16384, or to 256 on a CPU")
     ] = None,
+    op: Annotated[
+        list[str] | None,
+        typer.Option(help="Op to time; may be given several times.", show_default="all, or no variants on a CPU"),
+    ] = None,
     baseline: Annotated[
         list[str] | None, typer.Option(help="Baseline to run; may be given several times.", show_default="all")
     ] = None,
@@ -151,6 +155,7 @@ def bench_ops(
             device_type=device,
             mode=mode,
             tokens=None if tokens is None else ops.parse_tokens(tokens),
+            ops=op,
             baselines=baseline,
             progress=progress,
         )

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from tpfuse import reference
 from tpfuse.backends.collective import short
+from tpfuse.errors import InvalidArgument
 from tpfuse.presets import Preset
+from tpfuse.quant import FORMATS, Format
+from tpfuse.reference import NormOutput
 from tpfuse.rope import Rope
 
 Inputs = Mapping[str, Tensor]  # by name, see the makers below
@@ -26,7 +29,32 @@ Outputs = tuple[Tensor, ...]
 ROW_SCALES = (1.0, 1e-3, 4.0)  # row t has scale t % 3; 1e-3 squared is the usual eps
 EVERY_RANK = -1  # the seed's rank for tensors that are the same on all ranks
 POSITIONS = 4096  # rows of the rotation's tables
-QK = ("qk_rms_norm", "qk_rms_norm_rope")  # the norm over a sharded width, alone and with its rotation
+SCALE = 2.0**-6  # of fp8_static: norms reach to about 5, and this to 7
+E4M3_STEP = 2.0**-3  # the largest distance of two neighbours, relative to them
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op of the benchmark: a communicator's operation in one of its variants."""
+
+    called: str
+    layout: str = "contiguous"
+    quant: str = "none"  # or a key of FORMATS
+    rope: bool = False
+
+
+OPS: Mapping[str, Op] = {
+    "qk_rms_norm": Op("qk_rms_norm", "views of qkv"),
+    "qk_rms_norm_rope": Op("qk_rms_norm", "views of qkv", rope=True),
+    "all_reduce": Op("all_reduce"),
+    "all_reduce_rms_norm": Op("all_reduce_rms_norm"),
+    "all_reduce_rms_norm_fp8_static": Op("all_reduce_rms_norm", quant="fp8_static"),
+    "all_reduce_rms_norm_fp8_per_token": Op("all_reduce_rms_norm", quant="fp8_per_token"),
+    "all_reduce_rms_norm_rows": Op("all_reduce_rms_norm", "row_sharded"),
+    "all_reduce_rms_norm_rows_fp8_per_token": Op("all_reduce_rms_norm", "row_sharded", "fp8_per_token"),
+}
+QK = tuple(name for name, op in OPS.items() if op.called == "qk_rms_norm")
+BOUNDARIES = tuple(name for name, op in OPS.items() if op.called == "all_reduce_rms_norm")
 
 
 @dataclass(frozen=True)
@@ -41,7 +69,6 @@ class Case:
     weight_bias: float
     dtype: torch.dtype
     residual_dtype: torch.dtype
-    layout: str
     rope: tuple[int, int] | None = None  # head_dim and rotary_dim
 
     @property
@@ -51,7 +78,20 @@ class Case:
     @property
     def called(self) -> str:
         """The communicator's operation that serves this."""
-        return self.op.removesuffix("_rope")
+        return OPS[self.op].called
+
+    @property
+    def layout(self) -> str:
+        return OPS[self.op].layout
+
+    @property
+    def quant(self) -> str:
+        return OPS[self.op].quant
+
+    @property
+    def row_sharded(self) -> bool:
+        """Each rank has its own rows of the residual: row t belongs to rank t % W."""
+        return self.layout == "row_sharded"
 
     @property
     def local(self) -> tuple[int, ...]:
@@ -69,8 +109,21 @@ class Case:
         return f"{self.op} {self.tokens} x {self.width} {short(self.dtype)}"
 
 
-def cases_of(preset: Preset, world: int, tokens: Sequence[int]) -> list[Case]:
-    """Every op of the preset at every number of tokens."""
+def ops_of(preset: Preset, variants: bool = True) -> tuple[str, ...]:
+    """The ops of a preset's layers. variants: with those of its boundaries."""
+    return (*preset.ops, *(op for op in BOUNDARIES if variants and op not in preset.ops))
+
+
+def check_ops(preset: Preset, ops: Sequence[str]) -> tuple[str, ...]:
+    """Raises InvalidArgument for what is no op of the preset."""
+    for op in ops:
+        if op not in ops_of(preset):
+            raise InvalidArgument(f"op {op!r}; {preset.name} has: {', '.join(ops_of(preset))}.")
+    return tuple(dict.fromkeys(ops))
+
+
+def cases_of(preset: Preset, world: int, tokens: Sequence[int], ops: Sequence[str] | None = None) -> list[Case]:
+    """Every op of the preset without variants, or those given, at every number of tokens."""
     return [
         Case(
             op,
@@ -81,10 +134,9 @@ def cases_of(preset: Preset, world: int, tokens: Sequence[int]) -> list[Case]:
             preset.weight_bias,
             preset.dtype,
             preset.residual_dtype,
-            "views of qkv" if op in QK else "contiguous",
-            preset.rope if op == "qk_rms_norm_rope" else None,
+            preset.rope if OPS[op].rope else None,
         )
-        for op in preset.ops
+        for op in (preset.ops if ops is None else ops)
         for count in tokens
     ]
 
@@ -108,9 +160,11 @@ def make_inputs(case: Case, rank: int, number: int, device: torch.device) -> Inp
     qk_rms_norm: q, k, views of one qkv tensor, and q_weight, k_weight, this rank's shards of gamma.
     qk_rms_norm_rope: also cos, sin and positions.
     all_reduce: x, this rank's partial sum. all_reduce_rms_norm: also residual, weight, and gamma = weight +
-    weight_bias, which models can compute ahead.
+    weight_bias, which models can compute ahead; scale, which a format may need; and where the residual is sharded by
+    rows, shard, this rank's rows of it.
     """
-    return _MAKERS[case.op](case, rank, number, device)
+    maker = _MAKERS[case.called] if case.rope is None else _qk_rope_inputs
+    return maker(case, rank, number, device)
 
 
 def _qk_inputs(case: Case, rank: int, number: int, device: torch.device) -> Inputs:
@@ -150,17 +204,35 @@ def _all_reduce_inputs(case: Case, rank: int, number: int, device: torch.device)
 def _all_reduce_rms_norm_inputs(case: Case, rank: int, number: int, device: torch.device) -> Inputs:
     weight = _weight(case, case.widths[0], "weight", EVERY_RANK, number, device)
     residual = _random(case, (case.tokens, *case.local), "residual", EVERY_RANK, number, device)
-    return {
+    residual = residual.to(case.residual_dtype)
+    inputs = {
         **_all_reduce_inputs(case, rank, number, device),
-        "residual": residual.to(case.residual_dtype),
+        "residual": residual,
         "weight": weight,
         "gamma": (weight.float() + case.weight_bias).to(case.dtype),
+        "scale": torch.full((1,), SCALE, device=device),
     }
+    return inputs | {"shard": own_rows(case, residual, rank).contiguous()} if case.row_sharded else inputs
+
+
+def own_rows(case: Case, residual: Tensor, rank: int) -> Tensor:
+    """What a rank has of a residual: all of it, or its rows."""
+    return residual[rank :: case.world] if case.row_sharded else residual
+
+
+def format_of(case: Case, inputs: Inputs) -> Format | None:
+    """The format that a case's norm is wanted in, if any."""
+    return None if case.quant == "none" else FORMATS[case.quant](inputs["scale"])
+
+
+def made(case: Case, y: NormOutput) -> Outputs:
+    """The results of a boundary that are not inputs: norm, or quant and its scales; residual."""
+    scale = None if case.quant == "fp8_static" else y.scale
+    return tuple(t for t in (y.norm, y.quant, scale, y.residual) if t is not None)
 
 
 _MAKERS: Mapping[str, Callable[[Case, int, int, torch.device], Inputs]] = {
     "qk_rms_norm": _qk_inputs,
-    "qk_rms_norm_rope": _qk_rope_inputs,
     "all_reduce": _all_reduce_inputs,
     "all_reduce_rms_norm": _all_reduce_rms_norm_inputs,
 }
@@ -187,7 +259,7 @@ def _generator(case: Case, name: str, rank: int, number: int, device: torch.devi
 def expected(case: Case, rank: int, number: int, device: torch.device) -> Outputs:
     """The right results of set `number` on rank `rank`, by tpfuse.reference on every rank's inputs."""
     every = [make_inputs(case, r, number, device) for r in range(case.world)]
-    return _REFERENCES[case.op](case, every, rank)
+    return _REFERENCES[case.called](case, every, rank)
 
 
 def _qk_reference(case: Case, every: Sequence[Inputs], rank: int) -> Outputs:
@@ -207,15 +279,14 @@ def _all_reduce_rms_norm_reference(case: Case, every: Sequence[Inputs], rank: in
         residual=every[rank]["residual"],
         eps=case.eps,
         weight_bias=case.weight_bias,
+        quant=format_of(case, every[rank]),
     )
-    assert y.norm is not None
     assert y.residual is not None
-    return y.norm, y.residual
+    return made(case, y._replace(residual=own_rows(case, y.residual, rank)))
 
 
 _REFERENCES: Mapping[str, Callable[[Case, Sequence[Inputs], int], Outputs]] = {
     "qk_rms_norm": _qk_reference,
-    "qk_rms_norm_rope": _qk_reference,
     "all_reduce": _all_reduce_reference,
     "all_reduce_rms_norm": _all_reduce_rms_norm_reference,
 }
@@ -226,7 +297,8 @@ def difference(case: Case, got: Outputs, want: Outputs) -> str:
 
     Every element must be within `2 W` units of rounding of its own size plus its row's rms. That is what sums in the
     native dtype cost, rounded after each hop; a missing addend or a wrong row is far outside. Not a test of the
-    contract: the tests do that, in ulps.
+    contract: the tests do that, in ulps. A quantised norm is compared as what it stands for, and may be one step of
+    its format further off.
     """
     if len(got) != len(want):
         return f"wrong result: {len(got)} tensors, {len(want)} expected"
@@ -234,8 +306,10 @@ def difference(case: Case, got: Outputs, want: Outputs) -> str:
     for number, (y, right) in enumerate(zip(got, want, strict=True)):
         if y.shape != right.shape:
             return f"wrong result: output {number} has shape {list(y.shape)}, {list(right.shape)} expected"
+    for number, (y, right) in enumerate(zip(decoded(case, got), decoded(case, want), strict=True)):
         exact = right.float()
         bound = tolerance * (exact.abs() + exact.square().mean(-1, keepdim=True).sqrt())
+        bound += E4M3_STEP * exact.abs() if number == 0 and case.quant != "none" else 0.0
         bad = ~((y.float() - exact).abs() <= bound)  # written so that NaN is bad
         if bad.any():
             row, column = (int(i) for i in bad.nonzero()[0])
@@ -244,3 +318,12 @@ def difference(case: Case, got: Outputs, want: Outputs) -> str:
                 f"[{row}, {column}]: {float(y[row, column]):g}, {float(right[row, column]):g} expected"
             )
     return ""
+
+
+def decoded(case: Case, outputs: Outputs) -> Outputs:
+    """Outputs with the quantised norm and its scales as what they stand for."""
+    if case.quant == "none":
+        return outputs
+    quant, *scales, residual = outputs
+    scale = scales[0] if scales else torch.full((1,), SCALE, device=quant.device)
+    return FORMATS[case.quant](scale).decode(quant, scale), residual

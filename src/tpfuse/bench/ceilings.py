@@ -1,8 +1,8 @@
 """What the hardware allows: the bytes that a call must move, over rates measured in the same run.
 
 `ceiling_us = max(memory bytes / copy rate, link bytes / link rate)`, all of one rank. It leaves out every latency, so
-it means something for many tokens only. The link's rate is that of a large all-gather, not of the wire: a protocol that
-is better than the library's can pass 100%.
+it means something for many tokens only. Bytes over the links are those of the algorithm that tpfuse ran. The link's
+rate is that of a large all-gather in the same run, or what is known of the GPU's links if that is more: LINKS.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from tpfuse.backends.cuda.backend import EARLY
 from tpfuse.bench.cases import QK, Case
 from tpfuse.bench.implementations import all_gather
+from tpfuse.bench.machine import device_name
 
 # Large enough that latency is nothing, and on a GPU several times its L2.
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 GATHER_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 REPEATS = 7
+# The most that kernels have pushed to all peers at once, in bytes a µs: on 4x H200 (NVLink, no multicast), bulk copies
+# from shared memory in chunks of 16 KB. 16-byte stores reach 348 GB/s.
+LINKS = {"NVIDIA H200": 353e3}
 
 
 @dataclass(frozen=True)
@@ -39,41 +44,50 @@ def memory_bytes(case: Case) -> int:
     qk_rms_norm          T n b read, T n b written, n b gamma; with a rotation of d elements 4 T d + 8 T more: d / 2
                          cosines and sines in fp32 and a position for each row
     all_reduce           T H b read, T H b written
-    all_reduce_rms_norm  T H (b + c) read, T H (b + c) written, H b gamma
+    all_reduce_rms_norm  T H b read, T H b written, or T H quantised and 4 T scales; H b gamma; 2 T H c residual, of
+                         own rows only where it is sharded by rows
     """
     b, c = case.dtype.itemsize, case.residual_dtype.itemsize
     columns = sum(case.local)
     elements = case.tokens * columns
-    norm = 2 * elements * b + columns * b
+    streamed = -(-case.tokens // case.world) * columns if case.row_sharded else elements
+    written = (
+        elements * b if case.quant == "none" else elements + (4 * case.tokens if case.quant != "fp8_static" else 4)
+    )
     return {
-        "qk_rms_norm": norm,
-        "qk_rms_norm_rope": norm + (4 * case.rope[1] + 8 if case.rope else 0) * case.tokens,
+        "qk_rms_norm": 2 * elements * b + columns * b + (4 * case.rope[1] + 8 if case.rope else 0) * case.tokens,
         "all_reduce": 2 * elements * b,
-        "all_reduce_rms_norm": 2 * elements * (b + c) + columns * b,
-    }[case.op]
+        "all_reduce_rms_norm": elements * b + written + 2 * streamed * c + columns * b,
+    }[case.called]
 
 
-def link_bytes(case: Case) -> float:
-    """Bytes that one rank must receive (and send).
+def link_bytes(case: Case, algorithm: str = "") -> float:
+    """Bytes that one rank must receive (and send). algorithm: as the cuda backend's routes have it.
 
-    qk_rms_norm, _rope   two fp32 sums from each peer: 8 (W - 1) T
+    qk_rms_norm          two fp32 sums from each peer: 8 (W - 1) T
     all_reduce and all_reduce_rms_norm
-                         2 (W - 1) / W of the payload T H b: reduce-scatter, then all-gather
+                         one-shot: every peer's row, (W - 1) T H b; else (W - 1) / W of the payload T H b to its owners,
+                         and as much back, or T H bytes where owners have quantised
     """
     peers = case.world - 1
     if case.op in QK:
         return 8 * peers * case.tokens
-    return 2 * peers / case.world * case.tokens * case.widths[0] * case.dtype.itemsize
+    row = case.widths[0] * case.dtype.itemsize
+    if algorithm.startswith("one-shot"):
+        return peers * case.tokens * row
+    quantised = algorithm == EARLY.algorithm and case.quant != "none"
+    return peers / case.world * case.tokens * (row + (case.widths[0] if quantised else row))
 
 
-def ceiling_us(case: Case, rates: Rates) -> float:
-    link = link_bytes(case) / rates.link if rates.link else 0.0
+def ceiling_us(case: Case, rates: Rates, algorithm: str = "") -> float:
+    link = link_bytes(case, algorithm) / rates.link if rates.link else 0.0
     return max(memory_bytes(case) / rates.copy, link)
 
 
 def measure_rates(device: torch.device, world: int) -> Rates:
     """Collective. All ranks at once, as in the ops: on a CPU they share the memory."""
-    return Rates(_copy_rate(device), _link_rate(device, world) if world > 1 else None)
+    link = _link_rate(device, world) if world > 1 else None
+    return Rates(_copy_rate(device), link and max(link, LINKS.get(device_name(device), 0.0)))
 
 
 def _copy_rate(device: torch.device) -> float:

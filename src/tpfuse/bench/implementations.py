@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from tpfuse.bench.cases import QK, Case, Inputs, Outputs, rope_of
+from tpfuse.bench.cases import BOUNDARIES, OPS, QK, Case, Inputs, Outputs, format_of, made, own_rows, rope_of
 from tpfuse.bench.records import TPFUSE
 from tpfuse.communicator import Communicator
 from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.plan import Route, combined_mode
+from tpfuse.quant import E4M3_MAX, TOKEN_FLOOR
 from tpfuse.rope import rotate
 
 Step = Callable[[Case, Inputs], Outputs]
@@ -74,7 +75,7 @@ class Tpfuse:
         return True
 
     def step(self, case: Case, inputs: Inputs) -> Outputs:
-        return _TPFUSE[case.op](self._comm, case, inputs)
+        return _TPFUSE[case.called](self._comm, case, inputs)
 
     def ran(self, case: Case) -> Ran:
         calls = {c.route: c.calls for c in self._comm.report().counters if c.route.op == case.called}
@@ -103,16 +104,19 @@ def _tpfuse_all_reduce(comm: Communicator, case: Case, i: Inputs) -> Outputs:
 
 def _tpfuse_all_reduce_rms_norm(comm: Communicator, case: Case, i: Inputs) -> Outputs:
     y = comm.all_reduce_rms_norm(
-        i["x"], i["weight"], residual=i["residual"], eps=case.eps, weight_bias=case.weight_bias
+        i["x"],
+        i["weight"],
+        residual=i["shard"] if case.row_sharded else i["residual"],
+        eps=case.eps,
+        weight_bias=case.weight_bias,
+        quant=format_of(case, i),
+        residual_layout="row_sharded" if case.row_sharded else "replicated",
     )
-    assert y.norm is not None
-    assert y.residual is not None
-    return y.norm, y.residual
+    return made(case, y)
 
 
 _TPFUSE: Mapping[str, Callable[[Communicator, Case, Inputs], Outputs]] = {
     "qk_rms_norm": _tpfuse_qk,
-    "qk_rms_norm_rope": _tpfuse_qk,
     "all_reduce": _tpfuse_all_reduce,
     "all_reduce_rms_norm": _tpfuse_all_reduce_rms_norm,
 }
@@ -181,14 +185,26 @@ def _steps(site: Site, reduce: Callable[[Tensor], Tensor], reduce_kept: Callable
     def all_reduce_rms_norm(case: Case, i: Inputs) -> Outputs:
         residual = reduce(i["x"]) + i["residual"]
         norm = rms_norm(residual.to(case.dtype), case.widths, i["gamma"], case.eps)
-        return norm, residual
+        return (*_CASTS[case.quant](norm, i), own_rows(case, residual, site.rank))
 
-    return {
-        "qk_rms_norm": qk,
-        "qk_rms_norm_rope": qk,
-        "all_reduce": all_reduce,
-        "all_reduce_rms_norm": all_reduce_rms_norm,
-    }
+    steps = {"qk_rms_norm": qk, "all_reduce": all_reduce, "all_reduce_rms_norm": all_reduce_rms_norm}
+    return {name: steps[op.called] for name, op in OPS.items()}
+
+
+def _static(norm: Tensor, i: Inputs) -> Outputs:
+    return ((norm * (1 / i["scale"])).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn),)
+
+
+def _per_token(norm: Tensor, i: Inputs) -> Outputs:
+    scale = norm.abs().amax(-1, keepdim=True).float().mul(1 / E4M3_MAX).clamp(min=TOKEN_FLOOR)
+    return (norm / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+_CASTS: Mapping[str, Callable[[Tensor, Inputs], Outputs]] = {
+    "none": lambda norm, i: (norm,),
+    "fp8_static": _static,
+    "fp8_per_token": _per_token,
+}
 
 
 def _rotated(case: Case, inputs: Inputs, *norms: Tensor) -> Outputs:
@@ -283,6 +299,12 @@ def _symmetric(site: Site) -> Symmetric:
     return Symmetric(data, world.group_name)
 
 
+def _with_variants(algorithms: Mapping[str, str]) -> Mapping[str, str]:
+    """The same with the variants of a boundary: every rank keeps the whole residual, and casts the whole norm."""
+    plain = algorithms["all_reduce_rms_norm"]
+    return {op: plain + (", cast" if OPS[op].quant != "none" else "") for op in BOUNDARIES} | dict(algorithms)
+
+
 _TORCH = {
     "qk_rms_norm": "local sums, all-reduce of [T, 2], norm",
     "qk_rms_norm_rope": "local sums, all-reduce of [T, 2], norm, rotation",
@@ -304,11 +326,11 @@ _TWO_SHOT = {
 BASELINES: Mapping[str, Baseline] = {
     baseline.name: baseline
     for baseline in (
-        Baseline("nccl", "torch.distributed", _TORCH, _make_nccl, in_place=True),
-        Baseline("gloo", "torch.distributed", _TORCH, _make_gloo, in_place=True),
+        Baseline("nccl", "torch.distributed", _with_variants(_TORCH), _make_nccl, in_place=True),
+        Baseline("gloo", "torch.distributed", _with_variants(_TORCH), _make_gloo, in_place=True),
         Baseline("gather", "torch.distributed", _GATHER, _make_gather),
-        Baseline("symm_mem_one_shot", "torch.symm_mem", _ONE_SHOT, _make_one_shot),
-        Baseline("symm_mem_two_shot", "torch.symm_mem", _TWO_SHOT, _make_two_shot),
+        Baseline("symm_mem_one_shot", "torch.symm_mem", _with_variants(_ONE_SHOT), _make_one_shot),
+        Baseline("symm_mem_two_shot", "torch.symm_mem", _with_variants(_TWO_SHOT), _make_two_shot),
     )
 }
 

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from tpfuse.backends.collective import first_line, short
-from tpfuse.bench.cases import QK, Case, cases_of
+from tpfuse.bench.cases import QK, Case, cases_of, check_ops, ops_of
 from tpfuse.bench.ceilings import Rates, ceiling_us, measure_rates
 from tpfuse.bench.implementations import (
     DEFAULT_BASELINES,
     Baseline,
     Implementation,
+    Ran,
     Site,
     Tpfuse,
     find_baselines,
@@ -54,14 +55,16 @@ def run(
     device_type: str | None = None,
     mode: str = "fused",
     tokens: Sequence[int] | None = None,
+    ops: Sequence[str] | None = None,
     baselines: Sequence[str | Baseline] | None = None,
     progress: Progress | None = None,
 ) -> list[Record]:
     """Measure the ops of a preset.
 
     world, device_type: None for all GPUs, or 2 ranks on a CPU. mode: the one to request. tokens: None for
-    DEFAULT_TOKENS. baselines: names from implementations.BASELINES, or Baselines of your own (their `make` a
-    module-level function); None for the usual ones, an empty list for none.
+    DEFAULT_TOKENS. ops: names from cases.OPS; None for all on GPUs, and on a CPU for those without quantised outputs
+    and sharded residuals, which take another path on GPUs only. baselines: names from implementations.BASELINES, or
+    Baselines of your own (their `make` a module-level function); None for the usual ones, an empty list for none.
     Every rank gets all records; under torchrun only rank 0 should write them.
     Raises InvalidArgument, Unsupported, and what the communicator or a rank raises.
     """
@@ -73,9 +76,10 @@ def run(
     for given in DEFAULT_BASELINES[device_type] if baselines is None else baselines:
         chosen += [given] if isinstance(given, Baseline) else find_baselines([given])
     counts = _checked_tokens(DEFAULT_TOKENS[device_type] if tokens is None else tokens)
+    wanted = ops_of(shapes, variants=device_type == "cuda") if ops is None else check_ops(shapes, ops)
     ranks = resolve_world(world, device_type)
     results: list[list[Record]] = run_ranks(
-        job, shapes, mode, counts, tuple(chosen), world=ranks, device_type=device_type, progress=progress
+        job, shapes, mode, counts, tuple(chosen), wanted, world=ranks, device_type=device_type, progress=progress
     )
     return results[0]
 
@@ -98,11 +102,18 @@ def _checked_tokens(tokens: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(tokens)))
 
 
-def job(rank: Rank, preset: Preset, mode: str, tokens: Sequence[int], baselines: Sequence[Baseline]) -> list[Record]:
+def job(
+    rank: Rank,
+    preset: Preset,
+    mode: str,
+    tokens: Sequence[int],
+    baselines: Sequence[Baseline],
+    ops: Sequence[str] | None = None,
+) -> list[Record]:
     """What each rank runs. Collective throughout: every decision on it is the same on all ranks."""
     cuda = rank.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    cases = cases_of(preset, rank.world, tokens)
+    cases = cases_of(preset, rank.world, tokens, ops)
     with torch.no_grad(), Communicator(device=device, mode=mode, max_hidden=_max_hidden(cases)) as comm:
         comm.prepare()
         site = Site(rank.rank, rank.world, device, comm.transport, _max_bytes(cases))
@@ -131,7 +142,12 @@ class Bench:
             able = [i for i in implementations if i.serves(case.op)]
             figures = list(zip(able, self._figures(case, state, able), strict=True))
             figures += [(b, Figure(None, (), error)) for b, error in broken if b.serves(case.op)]
-            records += [self._record(case, state, implementation, figure) for implementation, figure in figures]
+            rans = [implementation.ran(case) for implementation, _ in figures]
+            ceiling = None if case.unsupported else round(ceiling_us(case, self.rates, rans[0].algorithm), 3)
+            records += [
+                self._record(case, state, implementation.name, ran, figure, ceiling)
+                for (implementation, figure), ran in zip(figures, rans, strict=True)
+            ]
         self._progress(len(steps), len(steps), "done")
         return records
 
@@ -140,21 +156,21 @@ class Bench:
             return [Figure(None, (), case.unsupported)] * len(able)
         return measure(case, state, able, self.method, self.rank.rank, self.device)
 
-    def _record(self, case: Case, state: State, implementation: Implementation, figure: Figure) -> Record:
+    def _record(self, case: Case, state: State, name: str, ran: Ran, figure: Figure, ceiling: float | None) -> Record:
         return Record(
             op=case.op,
-            impl=implementation.name,
-            **implementation.ran(case)._asdict(),
+            impl=name,
+            **ran._asdict(),
             world=case.world,
             tokens=case.tokens,
             width=case.width,
             dtype=short(case.dtype),
             layout=case.layout,
-            quant="none",
+            quant=case.quant,
             cache=state.cache,
             us=figure.us,
             us_ranks=figure.us_ranks,
-            ceiling_us=None if case.unsupported else round(ceiling_us(case, self.rates), 3),
+            ceiling_us=ceiling,
             ok=not figure.error,
             error=figure.error,
             **self.machine._asdict(),

@@ -153,7 +153,7 @@ class GpuTimer:
 
     def __call__(self, size: Size) -> dict[Way, float]:
         world, bf16 = self._rank.world, torch.bfloat16
-        case = Case("all_reduce_rms_norm", size.rows, (size.width,), world, 1e-6, 0.0, bf16, bf16, "contiguous")
+        case = Case("all_reduce_rms_norm", size.rows, (size.width,), world, 1e-6, 0.0, bf16, bf16)
         fits = size.rows <= limits(world).one_shot_rows
         able = [c for c in self._candidates if fits or c.way.algorithm == "two_shot"]
         error = first_error(self._different_bits(case, able))
