@@ -23,6 +23,10 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor)]
 
 
+def writes(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
 class Recorded:
     """A call that was recorded: which callable, on which memory."""
 
@@ -31,10 +35,10 @@ class Recorded:
         self.inputs = [i.detach() if isinstance(i, Tensor) else i for i in inputs]
         self.replays = 0
         self.alive = True
-        kept = [(i, i.clone(), i._version) for i in tensors_of(self.inputs)]
+        kept = [(i, i.clone(), writes(i)) for i in tensors_of(self.inputs)]
         self.returned = run(*inputs)
-        for tensor, copy, version in kept:
-            if tensor._version != version:
+        for tensor, copy, before in kept:
+            if writes(tensor) != before or tensor.is_inference():
                 tensor.copy_(copy)
         mine = {i.untyped_storage().data_ptr() for i in tensors_of(self.inputs)}
         for result in tensors_of(self.returned):

@@ -69,8 +69,7 @@ class Count:
 
     def at(self, tokens: int) -> int:
         if tokens not in self._known:
-            values = {symbol: sympy.Integer(tokens) for symbol in self.expression.free_symbols}
-            self._known[tokens] = int(self.expression.xreplace(values))
+            self._known[tokens] = int(self.expression.xreplace({_TOKENS: sympy.Integer(tokens)}))
         return self._known[tokens]
 
 
@@ -107,12 +106,17 @@ class Partition:
     names: tuple[str, ...]  # by slot
     inputs: int
     results: tuple[int | None, ...]  # slots; None where the graph returns None
-    counter: int  # the graph input that tells the number of tokens
+    counted: tuple[int, ...]  # the graph inputs that have tokens
 
     def tokens(self, args: Sequence[Any]) -> int:
-        """How many tokens a call brings."""
-        given, spec = args[self.counter], self.specs[self.counter]
-        return spec.tokens_of(given) if isinstance(spec, Rows) else int(given)
+        """How many tokens a call brings. Raises InvalidArgument where its inputs differ."""
+        found = {
+            slot: spec.tokens_of(args[slot]) for slot in self.counted if isinstance(spec := self.specs[slot], Rows)
+        }
+        if len(set(found.values())) > 1:
+            each = ", ".join(f"{self.names[slot]} {tokens}" for slot, tokens in found.items())
+            raise InvalidArgument(f"Piecewise: inputs bring different numbers of tokens: {each}; needed: the same.")
+        return next(iter(found.values()))
 
     def slots_of(self, *, piece: bool) -> frozenset[int]:
         """The slots that pieces read, or that split operators read."""
@@ -167,27 +171,35 @@ def value_of(node: Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
-def token_symbol(graph: GraphModule) -> sympy.Symbol | None:
-    """The one symbol in the shapes of a graph's inputs; None where all shapes are constants.
+def has_tokens(graph: GraphModule) -> bool:
+    """Whether shapes of a graph's inputs depend on the number of tokens, the one dynamic dimension that there may be.
 
-    Raises InvalidArgument where there are several.
+    torch may have several symbols for it (nothing in the graph tells that two inputs must agree), so what counts is
+    their values in the trace; `Partition.tokens` compares them in each call. Raises InvalidArgument where they differ.
     """
-    where: dict[sympy.Symbol, list[str]] = {}
+    where: dict[Any, list[str]] = {}
     for node in graph.graph.find_nodes(op="placeholder"):
         value = value_of(node)
-        sizes = value.shape if isinstance(value, Tensor) else (value,)
+        sizes = value.shape if isinstance(value, Tensor) else ()
         for dim, size in enumerate(sizes):
-            for symbol in _expression(size).free_symbols if isinstance(size, torch.SymInt) else ():
-                what = f"dimension {dim} of {node.name}" if isinstance(value, Tensor) else f"the number {node.name}"
-                where.setdefault(symbol, []).append(what)
+            if isinstance(size, torch.SymInt) and _expression(size).free_symbols:
+                where.setdefault(_traced_value(size), []).append(f"dimension {dim} of {node.name}")
     if len(where) > 1:
-        found = "; ".join(f"{symbol}: {', '.join(places[:3])}" for symbol, places in where.items())
+        found = "; ".join(f"{value}: {', '.join(places[:3])}" for value, places in where.items())
         raise InvalidArgument(
             f"Piecewise: the graph has {len(where)} dynamic dimensions ({found}); supported: one, the number of "
-            "tokens. Mark the others with torch._dynamo.mark_static, or compile without dynamic=True and mark the "
-            "tokens with torch._dynamo.mark_dynamic."
+            "tokens. Compile without dynamic=True, and mark only the tokens, with torch._dynamo.mark_dynamic; if "
+            "torch made another one dynamic because it changed between calls, torch._dynamo.mark_static keeps it."
         )
-    return next(iter(where), None)
+    return bool(where)
+
+
+def _traced_value(size: torch.SymInt) -> Any:
+    """The number of tokens when the graph was traced, as far as `size` tells."""
+    expression = _expression(size)
+    if not expression.is_Symbol:
+        return f"tokens from {expression}"
+    return size.node.hint if size.node.has_hint() else "unbacked"
 
 
 def partition(graph: GraphModule, targets: frozenset[Any], compiler: Compiler | None = None) -> Partition:
@@ -209,9 +221,9 @@ def partition(graph: GraphModule, targets: frozenset[Any], compiler: Compiler | 
         step = _step(node, cut.get_submodule(str(node.target)), str(node.target) not in eager, table, compiler)
         if not step.outputs or not all(isinstance(table.specs[slot], Count) for slot in step.outputs):
             steps.append(step)
-    counter = next(n for n, spec in enumerate(table.specs[:inputs]) if isinstance(spec, Rows) or _is_tokens(spec))
+    counted = tuple(slot for slot, spec in enumerate(table.specs[:inputs]) if isinstance(spec, Rows))
     results = _slots_of_results(cut.graph.output_node(), table)
-    return Partition(tuple(steps), tuple(table.specs), tuple(table.names), inputs, results, counter)
+    return Partition(tuple(steps), tuple(table.specs), tuple(table.names), inputs, results, counted)
 
 
 def _parts(graph: GraphModule, targets: frozenset[Any]) -> dict[Node, int]:
@@ -297,23 +309,27 @@ def _expression(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
-def _is_tokens(spec: Spec) -> bool:
-    return isinstance(spec, Count) and spec.expression.is_Symbol is True
+_TOKENS = sympy.Symbol("tokens", integer=True, nonnegative=True)
+
+
+def _in_tokens(size: Any) -> sympy.Expr:
+    """A size in terms of the number of tokens: all symbols are that."""
+    expression = _expression(size)
+    return expression.xreplace(dict.fromkeys(expression.free_symbols, _TOKENS))
 
 
 def _spec(name: str, value: Any) -> Spec:
     """What a value is, from its example."""
     if isinstance(value, torch.SymInt):
-        expression = _expression(value)
+        expression = _in_tokens(value)
         return Count(expression) if expression.free_symbols else Fixed()
     if not isinstance(value, Tensor):
         return Fixed()
-    shape = [_expression(size) for size in value.shape]
+    shape = [_in_tokens(size) for size in value.shape]
     dims = [dim for dim, size in enumerate(shape) if size.free_symbols]
     if not dims:
         return Fixed()
-    (symbol,) = shape[dims[0]].free_symbols
-    per_token = shape[dims[0]] / symbol
+    per_token = shape[dims[0]] / _TOKENS
     if len(dims) > 1 or not per_token.is_Integer:
         raise InvalidArgument(
             f"Piecewise: {name} {tuple(map(str, shape))} crosses a border of a piece; supported: tokens, or a whole "

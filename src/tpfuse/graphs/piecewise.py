@@ -22,7 +22,7 @@ from torch.fx.experimental import _config as shape_settings
 
 from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.graphs.capture import CudaGraphs, Mechanism
-from tpfuse.graphs.partition import Compiler, SplitOp, partition, split_targets, splits, token_symbol, value_of
+from tpfuse.graphs.partition import Compiler, SplitOp, has_tokens, partition, split_targets, splits, value_of
 from tpfuse.graphs.report import Counts, GraphReport, SizeCounter
 from tpfuse.graphs.runner import Runner, Settings
 
@@ -53,6 +53,7 @@ class Piecewise:
 
         backend = tpfuse.graphs.Piecewise(split_ops=["tpfuse::attention"], sizes=[64, 128, 256, 512])
         model = torch.compile(model, backend=backend)
+        torch._dynamo.mark_dynamic(tokens, 0)  # before the first call, on each input that has tokens
 
     split_ops: operators that are not captured: "namespace::name", torch.ops.namespace.name (or one overload of it), or
     a function as the model calls it.
@@ -110,7 +111,7 @@ class Piecewise:
                 "Piecewise: gradients are enabled and needed; graphs are for inference. Call the model inside "
                 "torch.no_grad() or torch.inference_mode()."
             )
-        if token_symbol(graph) is None:
+        if not has_tokens(graph):
             return self._static(graph)
         runner = Runner(partition(graph, self._targets, self._compiler), self._settings)
         self._runners.add(runner)
@@ -124,7 +125,7 @@ class Piecewise:
         if split and not sizes & {0, 1}:
             raise InvalidArgument(
                 f"Piecewise: the graph calls {split[0].target}, and has no dynamic dimension that could be tokens. "
-                "Mark it before the first call, torch._dynamo.mark_dynamic(tensor, dim), or compile with dynamic=True."
+                "Mark it on the inputs before the first call: torch._dynamo.mark_dynamic(tensor, dim)."
             )
         reason = "compiled for constant shapes: " + ("0 or 1 tokens" if split else "nothing to split at, no tokens")
         counts = self._settings.counts

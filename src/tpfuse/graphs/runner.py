@@ -80,7 +80,7 @@ class Recording:
     size: int
     graphs: dict[str, Graph] = field(default_factory=dict)  # by step
     padded: dict[int, Any] = field(default_factory=dict)
-    addresses: list[int] = field(default_factory=list)  # of fixed inputs that pieces read
+    addresses: list[Any] = field(default_factory=list)  # of fixed inputs that pieces read
     written: set[int] = field(default_factory=set)  # graph inputs that a step writes to
 
     def reset(self) -> list[str]:
@@ -222,8 +222,8 @@ class Runner:
                 self._split(step, padded, outside, tokens, size)
         return self._results(recording, padded, outside, args, tokens)
 
-    def _addresses(self, args: Sequence[Any]) -> list[int]:
-        return [args[slot].data_ptr() if isinstance(args[slot], Tensor) else hash(args[slot]) for slot in self._fixed]
+    def _addresses(self, args: Sequence[Any]) -> list[Any]:
+        return [_identity(args[slot]) for slot in self._fixed]
 
     def _moved(self, recording: Recording, args: Sequence[Any]) -> str:
         now = self._addresses(args)
@@ -232,8 +232,8 @@ class Runner:
         ]
         return (
             f"Piecewise: {', '.join(moved[:5])} moved since {recording.size} tokens were captured, so a replay would "
-            "read memory that may be freed. Call backend.clear() when weights or caches move; the next calls capture "
-            "again."
+            "read memory that may be freed, or old numbers. Call backend.clear() when weights or caches move; the "
+            "next calls capture again."
         )
 
     def _record(self, args: Sequence[Any], tokens: int, size: int, lane_key: Hashable) -> tuple[Any, ...]:
@@ -336,6 +336,13 @@ def _writes(tensors: dict[int, Any]) -> dict[int, int]:
 def _changed(tensors: dict[int, Any], before: dict[int, int]) -> set[int]:
     """Which of them were written to since."""
     return {slot for slot, writes in _writes(tensors).items() if writes != before[slot]}
+
+
+def _identity(value: Any) -> Any:
+    """What a graph has of a fixed input: an address, or the number itself (torch wraps numbers as tensors of a CPU)."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.item() if value.dim() == 0 and value.device.type == "cpu" else value.data_ptr()
 
 
 def _overlaps(tensor: Tensor) -> bool:
