@@ -1,7 +1,7 @@
 """The all-reduce kernels compile for every architecture, within the registers that their launches count on, and without
 spills but where `spills_allowed` says so.
 
-No GPU is needed. There are some thousands of variants, half a second each: a few for each architecture, others for each,
+No GPU is needed. There are some thousands of variants, half a second each: some for each architecture,
 and all of them, in hours, with TPFUSE_COMPILE_ALL=1.
 """
 
