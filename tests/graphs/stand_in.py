@@ -9,6 +9,7 @@ It keeps the promises that CUDA graphs make and the ones that they don't:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -74,6 +75,9 @@ class StandIn:
 
     def lane(self) -> Hashable:
         return self.stream
+
+    def aside(self, lane: Hashable) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def new_pool(self) -> Any:
         self.made += 1

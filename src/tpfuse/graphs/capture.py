@@ -7,6 +7,8 @@ recording.
 Design record
 - Captures run on a stream of their own for each lane (a lane is a stream that calls come on): blocks of a pool belong
   to the stream that they were allocated on, so lanes share a pool and never each other's memory.
+- Warm-ups run on that stream, too: cuBLAS keeps a workspace for each stream, which a capture would take from the pool
+  and never give back.
 - `capture_begin` and `capture_end` are called directly. `torch.cuda.graph` collects garbage and empties the cache at
   every entry, which for sixty pieces of twenty sizes is minutes.
 - Results are handed out as views that don't own their memory (`unowned`): a piece's result may be overwritten by
@@ -17,7 +19,7 @@ Design record
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +45,10 @@ class Mechanism(Protocol):
 
     def lane(self) -> Hashable:
         """What calls come on: graphs of one lane never run at the same time."""
+        ...
+
+    def aside(self, lane: Hashable) -> contextlib.AbstractContextManager[None]:
+        """Where captures of a lane happen; warm-ups too, so that what libraries keep for it is not in the pool."""
         ...
 
     def new_pool(self) -> Any:
@@ -95,25 +101,28 @@ class CudaGraphs:
     def new_pool(self) -> Any:
         return torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
-    def capture(self, run: Callable[..., Any], inputs: Sequence[Any], pool: Any, lane: Hashable) -> tuple[Graph, Any]:
+    @contextlib.contextmanager
+    def aside(self, lane: Hashable) -> Iterator[None]:
         if lane not in self._streams:
             self._streams[lane] = torch.cuda.Stream()
         stream, current = self._streams[lane], torch.cuda.current_stream()
         stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            current.wait_stream(stream)
+
+    def capture(self, run: Callable[..., Any], inputs: Sequence[Any], pool: Any, lane: Hashable) -> tuple[Graph, Any]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
+        with self.aside(lane):
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 results = run(*inputs)
-            except BaseException:
-                _abandon(graph, pool, stream)
-                raise
-            try:
                 graph.capture_end()
             except BaseException:
-                _abandon(None, pool, stream)
+                _abandon(graph, pool)
                 raise
-        current.wait_stream(stream)
         return graph, results
 
     def unowned(self, tensor: Tensor) -> Tensor:
@@ -125,7 +134,8 @@ class CudaGraphs:
     def held(self, pool: Any) -> int:
         if pool is None:
             return 0
-        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(pool, include_traces=False))
+        segments = torch.cuda.memory_snapshot()
+        return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
 
     def wait(self) -> None:
         if torch.cuda.is_available():
@@ -136,12 +146,12 @@ class CudaGraphs:
             torch.cuda.empty_cache()
 
 
-def _abandon(graph: torch.cuda.CUDAGraph | None, pool: Any, stream: torch.cuda.Stream) -> None:
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
     """End a capture that failed. `capture_end` of an invalid capture raises, and in some versions of torch before the
     allocator has left the pool; leaving it twice raises, too. The error that counts is the caller's."""
     with contextlib.suppress(RuntimeError):
-        if graph is not None:
-            graph.capture_end()
-            graph.reset()
+        graph.capture_end()
     with contextlib.suppress(RuntimeError):
-        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    with contextlib.suppress(RuntimeError):
+        graph.reset()

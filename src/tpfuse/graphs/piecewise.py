@@ -155,6 +155,7 @@ class Piecewise:
                 bar.update(task, description=f"capturing {size} tokens")
                 step(size)
                 bar.advance(task)
+        self._settings.mechanism.give_back()  # what warm-ups took for themselves
 
     def clear(self) -> Cleared:
         """Give everything captured back, and the memory with it; the next calls capture again, in a new pool.

@@ -284,7 +284,7 @@ class Runner:
         settings, size = self.settings, recording.size
         inputs = {slot: self._whole(slot, owned, outside, size) for slot in step.inputs}
         try:
-            self._warm_up(step, inputs)
+            self._warm_up(step, inputs, lane_key)
             watched = inputs | {slot: recording.padded[slot] for slot in self._buffered}
             before = _writes(watched)
             graph, returned = settings.mechanism.capture(step.run, list(inputs.values()), settings.pool, lane_key)
@@ -309,13 +309,14 @@ class Runner:
             recording.padded[slot] = settings.mechanism.unowned(value) if isinstance(value, Tensor) else value
         graph.replay()
 
-    def _warm_up(self, step: Step, inputs: dict[int, Any]) -> None:
+    def _warm_up(self, step: Step, inputs: dict[int, Any], lane_key: Hashable) -> None:
         """Run a piece on its very inputs (kernels are chosen by strides and alignment), then undo what it wrote."""
         rows = {slot: inputs[slot] for slot in inputs if isinstance(self.parts.specs[slot], Rows)}
         kept = {slot: tensor.clone() for slot, tensor in rows.items()} if self.settings.warmup else {}
         before = _writes(rows)
-        for _ in range(self.settings.warmup):
-            step.run(*inputs.values())
+        with self.settings.mechanism.aside(lane_key):
+            for _ in range(self.settings.warmup):
+                step.run(*inputs.values())
         uncounted = {slot for slot in rows if slot not in before and not _overlaps(rows[slot])}
         for slot in (step.writes | _changed(rows, before) | uncounted) & kept.keys():
             rows[slot].copy_(kept[slot])
