@@ -175,6 +175,11 @@ class TestPartition:
         with pytest.raises(InvalidArgument, match=r"different numbers of tokens: l_x_ 5, l_y_ 6"):
             step(rows(5), rows(6))
 
+    def test_a_split_operator_whose_result_has_no_tokens_is_an_error_where_a_piece_reads_it(self) -> None:
+        backend, _ = make(split_ops=[torch.amax])
+        with pytest.raises(Exception, match="has no dimension of tokens, and a piece reads it"):
+            compiled(lambda x: x * 2 / torch.amax(x), backend)(rows(5))
+
     def test_no_dynamic_dimension_is_an_error_where_something_is_to_be_split(self) -> None:
         backend, _ = make()
         with pytest.raises(Exception, match="no dynamic dimension that could be tokens"):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.passes.split_module import split_module
 
 from tpfuse.errors import InvalidArgument
@@ -221,6 +222,7 @@ def partition(graph: GraphModule, targets: frozenset[Any], compiler: Compiler | 
         step = _step(node, cut.get_submodule(str(node.target)), str(node.target) not in eager, table, compiler)
         if not step.outputs or not all(isinstance(table.specs[slot], Count) for slot in step.outputs):
             steps.append(step)
+    _check_borders(steps, table)
     counted = tuple(slot for slot, spec in enumerate(table.specs[:inputs]) if isinstance(spec, Rows))
     results = _slots_of_results(cut.graph.output_node(), table)
     return Partition(tuple(steps), tuple(table.specs), tuple(table.names), inputs, results, counted)
@@ -268,7 +270,10 @@ def _step(node: Node, module: torch.nn.Module, piece: bool, table: _Slots, compi
         outputs = tuple(
             table.add(picked.get(n, inner), value_of(inner), inner.name) for n, inner in enumerate(returned)
         )
-    run: Callable[..., Any] = module
+    _LazyGraphModule.force_recompile(module)
+    run: Callable[..., Any] = (
+        module.forward
+    )  # what a Module's call does besides costs more than a split operator's host
     if piece and compiler is not None:
         run = compiler(module, [value_of(argument) for argument in module.graph.find_nodes(op="placeholder")])
     arguments = module.graph.find_nodes(op="placeholder")
@@ -288,6 +293,18 @@ def _written(node: Node) -> list[Node]:
     given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | dict(node.kwargs)
     written = (given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write)
     return [value for value in written if isinstance(value, Node)]
+
+
+def _check_borders(steps: Sequence[Step], table: _Slots) -> None:
+    """What split operators return lies elsewhere in each call, so pieces can read it only where it can be copied to."""
+    returned = {slot: step for step in steps if not step.piece for slot in step.outputs}
+    for slot in sorted({slot for step in steps if step.piece for slot in step.inputs} & returned.keys()):
+        if isinstance(table.specs[slot], Fixed):
+            raise InvalidArgument(
+                f"Piecewise: {table.names[slot]}, which an operator that is split off returns ({returned[slot].name}), "
+                "has no dimension of tokens, and a piece reads it; a graph would always read the first one. Let the "
+                "operator write to a buffer of the model, or split off what reads it, too."
+            )
 
 
 def _known(value: Any, table: _Slots) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import rich
 import torch
 from rich.progress import Progress
 from torch import Tensor
@@ -148,8 +149,8 @@ class Piecewise:
         unknown = sorted(set(chosen) - set(self.sizes))
         if unknown:
             raise InvalidArgument(f"Piecewise: capture(sizes={unknown}); needed: some of {list(self.sizes)}.")
-        with Progress(transient=True) as bar, _any_size():
-            bar.disable = not (progress and bar.console.is_terminal)
+        shown = progress and rich.get_console().is_terminal
+        with Progress(transient=True, disable=not shown) as bar, _any_size():
             task = bar.add_task("capturing", total=len(chosen))
             for size in chosen:
                 bar.update(task, description=f"capturing {size} tokens")
