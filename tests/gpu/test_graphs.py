@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.compile_fx import compile_fx
 
 from tpfuse import Communicator, graphs
 from tpfuse.launch import Rank, Ranks
@@ -85,10 +86,10 @@ def equal(given: Tensor, wanted: Tensor) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("first", ["captured", "lazily"])
-@pytest.mark.parametrize("warmup", [1, 2])
-def test_equal_to_eager(first: str, warmup: int) -> None:
+@pytest.mark.parametrize("compiler", [None, compile_fx], ids=["as traced", "Inductor"])
+def test_equal_to_eager(first: str, compiler: Any) -> None:
     model = Model().cuda()
-    backend, step = make(model, warmup=warmup)
+    backend, step = make(model, compiler=compiler)
     if first == "captured":
         capture(backend, step)
     kept = [(step(rows(tokens)), tokens) for tokens in TOKENS]

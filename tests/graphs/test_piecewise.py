@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -214,6 +215,17 @@ class TestPartition:
         model = Model(layers=2)
         equal(compiled(model, backend)(*batch(6)), model(*batch(6)))
         assert len(pieces) == 3
+
+    @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="Inductor needs a compiler")
+    def test_pieces_compiled_by_inductor(self) -> None:
+        from torch._inductor.compile_fx import compile_fx
+
+        backend, _ = make(compiler=compile_fx)
+        model = Model(layers=2)
+        step = compiled(model, backend)
+        for tokens in (5, 16, 3, 20, 5):
+            equal(step(*batch(tokens)), model(*batch(tokens)))
+        assert backend.report().graphs == 9
 
 
 class TestPadding:
