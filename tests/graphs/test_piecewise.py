@@ -305,6 +305,19 @@ class TestPadding:
             equal(x, wanted_x)
             equal(y, wanted_y)
 
+    @pytest.mark.parametrize("tokens", [5, 8])
+    def test_what_only_a_piece_writes_to_its_input_comes_back(self, tokens: int) -> None:
+        def model(x: Tensor) -> Tensor:
+            x += 1
+            return torch.ops.graphs_test.pair(x * 2)[0] + 1
+
+        backend, _ = make(split_ops=["graphs_test::pair"])
+        step = compiled(model, backend)
+        for _ in range(3):
+            x, wanted = rows(tokens), rows(tokens)
+            equal(step(x), model(wanted))
+            equal(x, wanted)
+
     def test_inputs_that_nobody_writes_are_not_touched(self) -> None:
         backend, _ = make()
         step = compiled(Model(), backend)
