@@ -396,7 +396,11 @@ def test_launch_structures_are_those_of_cuda() -> None:
     assert [getattr(ours, name) for name in names[:8]] == list(range(1, 9))
     assert ours.attribute_count == 1
     theirs = LaunchAttribute.from_address(ours.attributes)
-    assert (theirs.id, theirs.value) == (launch.PROGRAMMATIC_STREAM_SERIALIZATION, 1)
+    assert (theirs.id, theirs.value[0]) == (launch.PROGRAMMATIC_STREAM_SERIALIZATION, 1)
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = 6, 2, 1
+    theirs = LaunchAttribute.from_address(attribute.getPtr())
+    assert (theirs.id, tuple(theirs.value)) == (launch.CLUSTER_DIMENSION, (6, 2, 1))
 
 
 class Launched:

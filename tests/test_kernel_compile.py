@@ -44,10 +44,11 @@ def objections(variant: Variant, arch: str) -> list[str]:
     """What is wrong with the compiled kernel."""
     name = variant.name_expression(arch)
     used = resources(compile_kernel(source(), name, arch=arch))
+    budget = variant.register_budget(arch)
     shared = variant.resident * (used.shared_bytes + 1024)
     tests = {
         f"spills {used.spill_bytes} bytes, stack {used.stack_bytes}": used.spill_bytes == used.stack_bytes == 0,
-        f"takes {used.registers} registers of {variant.register_budget}": used.registers <= variant.register_budget,
+        f"takes {used.registers} registers of {budget}": used.registers <= budget,
         f"{variant.resident} blocks need {shared} bytes of shared memory": shared <= SHARED_BYTES[arch],
         f"one block takes {used.shared_bytes} bytes of shared memory": used.shared_bytes <= 48 << 10,
     }

@@ -1,5 +1,5 @@
 // A kernel that quantises rows of floats with quant.h, one block a row: what test_quant.py runs in the emulated GPU
-// and compiles for every target, and what tests/gpu/test_quant.py runs on real ones.
+// and compiles for every target, and what tests/gpu/test_encoders.py runs on real ones.
 #pragma once
 #include "quant.h"
 

@@ -96,7 +96,7 @@ class Variant:
         held = self.dtype.itemsize * self.world
         if self.vectors > 2 or held > 16:
             threads = 512
-        elif self.vectors > 1 or self.parts > 1:  # few rows: as fast as a row goes
+        elif self.vectors > 1 or self.parts > 1 or (held > 8 and not self.aligned):  # parts: few rows, so few blocks
             threads = 768
         else:
             threads = 1152 if held > 8 or not self.aligned else 1536

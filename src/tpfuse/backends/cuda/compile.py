@@ -31,6 +31,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -95,6 +96,8 @@ class Function:
 _made: dict[str, Object] = {}
 _loaded: dict[tuple[str, int], Function] = {}
 _warned: set[str] = set()
+_starting = threading.Lock()  # NVRTC loads parts of itself on first use, and fails now and then beside another thread
+_started: list[bool] = []
 
 
 def compile_kernel(
@@ -168,9 +171,14 @@ def supported() -> list[int]:
     return list(package("cuda.bindings.nvrtc").nvrtcGetSupportedArchs()[1])
 
 
-@cache
 def compiler() -> str:
     """Names the compiler, down to the build. Raises Unsupported where there is none."""
+    with _starting:
+        return _compiler()
+
+
+@cache
+def _compiler() -> str:
     core, nvrtc = package("cuda.core"), package("cuda.bindings.nvrtc")
     try:
         path = package("cuda.pathfinder").load_nvidia_dynamic_lib("nvrtc").abs_path
@@ -194,8 +202,18 @@ def load(made: Object, device: int) -> Function:
     return found
 
 
+def _core(arch: str) -> Any:
+    """cuda.core, after a first compile, which no other thread is near."""
+    with _starting:
+        core = package("cuda.core")
+        if not _started:
+            core.Program("__global__ void nothing() {}", "c++", core.ProgramOptions(arch=arch)).compile("cubin")
+            _started.append(True)
+    return core
+
+
 def _compile(key: str, source: str, name: str, options: Mapping[str, Any]) -> Object:
-    core = package("cuda.core")
+    core = _core(options["arch"])
     log = io.StringIO()
     try:
         program = core.Program(source, "c++", core.ProgramOptions(name="tpfuse", include_path=str(KERNELS), **options))

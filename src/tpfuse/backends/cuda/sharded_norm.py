@@ -92,7 +92,7 @@ class Variant:
     def deep(self, arch: str) -> bool:
         """Whether the block kernel has the registers to work ahead."""
         needed = 0 if self.rows == 1 else DEEP_REGISTERS.get(arch, DEEP_REGISTERS_ELSEWHERE)
-        return self.aligned and sum(self.groups) <= 16 and self.register_budget >= needed
+        return self.aligned and sum(self.groups) <= 16 and self.register_budget(arch) >= needed
 
     @property
     def threads(self) -> int:
@@ -106,30 +106,31 @@ class Variant:
             return ROW_RESIDENT
         return 1 if self.vectors > 1 else max(1, min(16, RESIDENT_THREADS // self.threads))
 
-    @property
-    def budgeted(self) -> int:
-        """Blocks on a multiprocessor that the registers allow; rows of any alignment take more of them."""
-        if self.aligned:
-            return self.resident
+    def budgeted(self, arch: str) -> int:
+        """Blocks on a multiprocessor that the registers allow; rows of any alignment take more of them, and rotated
+        rows, too, on every architecture but sm_90a."""
+        turned = self.turn != "none"
         if self.kernel == "row":
-            return ROW_RESIDENT - (self.turn != "none")
+            spare = 0 if not turned else 2 if arch != "sm_90a" else 0 if self.aligned else 1
+            return ROW_RESIDENT - spare
+        if self.aligned:
+            return self.resident - (turned and arch != "sm_90a" and self.resident > 1)
         return max(1, self.resident // 2)
 
-    @property
-    def register_budget(self) -> int:
+    def register_budget(self, arch: str) -> int:
         """Of a thread. The warps share out over four files of 512 registers a lane, in units of 8."""
-        warps = -(-self.budgeted * self.threads // 128)
+        warps = -(-self.budgeted(arch) * self.threads // 128)
         return min(255, 512 // warps // 8 * 8)
 
     def name_expression(self, arch: str) -> str:
         kind, aligned, turn = KINDS[self.dtype], str(self.aligned).lower(), f"tpfuse::Turn::{self.turn}"
         if self.kernel == "row":
             padded = [power_of_two(n) for n in self.groups] + [0] * (2 - len(self.groups))
-            template = (kind, self.world, *padded, aligned, ROW_WARPS, self.budgeted, turn)
+            template = (kind, self.world, *padded, aligned, ROW_WARPS, self.budgeted(arch), turn)
             return f"tpfuse::norm_by_row<{', '.join(map(str, template))}>"
         deep = str(self.deep(arch)).lower()
         template = (kind, len(self.groups), self.world, self.vectors, self.rows, deep, aligned)
-        return f"tpfuse::norm_by_block<{', '.join(map(str, (*template, self.threads, self.budgeted, turn)))}>"
+        return f"tpfuse::norm_by_block<{', '.join(map(str, (*template, self.threads, self.budgeted(arch), turn)))}>"
 
     def grid(self, rows: int, multiprocessors: int) -> int:
         chunks = -(-rows // self.rows)
