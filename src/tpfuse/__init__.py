@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tpfuse import errors, nn, ops, quant, reference
+    from tpfuse import deferred, errors, graphs, nn, ops, quant, reference
     from tpfuse.communicator import Communicator
     from tpfuse.errors import TpfuseError
     from tpfuse.plan import Plan
@@ -25,7 +25,9 @@ __all__ = [
     "Rope",
     "TpfuseError",
     "__version__",
+    "deferred",
     "errors",
+    "graphs",
     "nn",
     "ops",
     "quant",
