@@ -12,7 +12,9 @@ import tpfuse
 
 PUBLIC = {
     "Communicator", "NormOutput", "Plan", "Rope", "TpfuseError", "__version__",
-    "errors", "nn", "ops", "quant", "reference",
+    "deferred",
+    "errors",
+    "graphs", "nn", "ops", "quant", "reference",
 }  # fmt: skip
 
 
