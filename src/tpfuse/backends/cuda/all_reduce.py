@@ -94,7 +94,7 @@ class Variant:
         (tests/test_all_reduce_compile.py): an owner holds the vectors of all ranks.
         """
         held = self.dtype.itemsize * self.world
-        if self.vectors > 2 or held > 16:
+        if self.vectors > 2 or held > 16 or (held > 8 and self.parts > 1):
             threads = 512
         elif self.vectors > 1 or self.parts > 1 or (held > 8 and not self.aligned):  # parts: few rows, so few blocks
             threads = 768
