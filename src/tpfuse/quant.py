@@ -107,7 +107,7 @@ class Format(ABC):
         """`(quant, scale)` of rows `[..., H]` of any float dtype."""
         self.check("encode", y)
         wide = y.float().unflatten(-1, (-1, self.group or y.shape[-1]))
-        scale, inverse = self._scales(wide.abs().amax(-1))
+        scale, inverse = self._scales(wide)
         scaled = (wide * inverse.unsqueeze(-1)).flatten(-2)
         return self._round(scaled), self._lay_out(scale)
 
@@ -123,8 +123,8 @@ class Format(ABC):
         return elements, self._factors(self._row_major(scale, elements))
 
     @abstractmethod
-    def _scales(self, amax: Tensor) -> tuple[Tensor, Tensor]:
-        """The scales of groups, `[..., groups]`, as they are stored, and what elements are multiplied by."""
+    def _scales(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """The scales of fp32 `[..., groups, elements]`, as they are stored, and what elements are multiplied by."""
 
     def _round(self, scaled: Tensor) -> Tensor:
         return to_e4m3(scaled)
@@ -159,12 +159,8 @@ class FP8Static(Format):
     def given(self) -> Tensor:
         return self.scale
 
-    def encode(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        self.check("encode", y)
-        return to_e4m3(y.float() * (1.0 / self.scale.reshape(()))), self.scale
-
-    def _scales(self, amax: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    def _scales(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scale, 1.0 / self.scale.reshape(())
 
     def _empty_scale(self, lead: torch.Size, width: int, device: torch.device) -> Tensor:
         return self.scale
@@ -181,7 +177,8 @@ class FP8PerToken(Format):
     group = 0
     floor: ClassVar[float] = TOKEN_FLOOR
 
-    def _scales(self, amax: Tensor) -> tuple[Tensor, Tensor]:
+    def _scales(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        amax = groups.abs().amax(-1)
         # A tensor, not a number: on GPUs torch divides by a number by multiplying with its reciprocal.
         scale = (amax / amax.new_full((), E4M3_MAX)).clamp(min=self.floor)
         return scale, 1.0 / scale
@@ -274,8 +271,9 @@ class MXFP8(_Swizzlable):
     def swizzles(self) -> bool:
         return self.swizzled
 
-    def _scales(self, amax: Tensor) -> tuple[Tensor, Tensor]:
+    def _scales(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """448 is 1.75 * 2^8: the exponent of amax less 8, and one more where its mantissa is above 1.75. NaN is 255."""
+        amax = groups.abs().amax(-1)
         bits = amax.view(torch.int32)
         exponent = ((bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).int()).clamp(min=0)
         inverse = ((254 - exponent) << 23).view(torch.float32)
@@ -312,7 +310,8 @@ class NVFP4(_Swizzlable):
     def swizzles(self) -> bool:
         return self.swizzled
 
-    def _scales(self, amax: Tensor) -> tuple[Tensor, Tensor]:
+    def _scales(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        amax = groups.abs().amax(-1)
         scale = to_e4m3(self.global_scale.reshape(()) * (amax * (1.0 / E2M1_MAX)))
         return scale, (1.0 / self._factors(scale)).masked_fill(scale.float() == 0, 0.0)
 

@@ -41,7 +41,7 @@
 // before it reads anything; gamma is a weight and is loaded before the wait, everything else after it.
 //
 // Measured on 4x H200, bf16 (docs/all-reduce-performance.md):
-//   16-byte stores reach 344 to 348 GB/s of 353 at 8192 rows with one block a row. Bulk copies from shared memory are not
+//   16-byte stores reach 344 to 348 GB/s at 8192 rows with one block a row; only pushing reaches 348. Bulk copies from shared memory are not
 //   faster in this kernel (343), and slower below (shared memory, proxy fence and barrier before the push): dropped.
 //   A cluster barrier for the sums of squares costs 0.5 to 1 us: its release waits for all earlier stores, the pushes to
 //   peers included. Stores that count at a barrier object in the receiver's shared memory order nothing else: 0.2 us.
@@ -205,33 +205,6 @@ TPF_DEVICE Lane<G> load_weight(u64 weight, u32 at, u32 width) {
     }
   }
   return lane;
-}
-
-TPF_DEVICE float square_sum(const float (&x)[8]) {
-  float square[8];
-  TPF_UNROLL
-  for (u32 i = 0; i < 8; ++i) square[i] = mul_rn(x[i], x[i]);
-  TPF_UNROLL
-  for (u32 half = 4; half > 0; half /= 2) {
-    TPF_UNROLL
-    for (u32 i = 0; i < half; ++i) square[i] = add_rn(square[i], square[i + half]);
-  }
-  return square[0];
-}
-
-template <u32 W>
-TPF_DEVICE u64 workspace_of(const ReduceArgs& a, u32 r) {
-  u64 base = a.workspace[0];
-  TPF_UNROLL
-  for (u32 i = 1; i < W; ++i) base = r == i ? a.workspace[i] : base;
-  return base;
-}
-
-TPF_DEVICE void report(const ReduceArgs& a, u32 peer, u32 row, u64 waited_ns) {
-  Vec16* record = reinterpret_cast<Vec16*>(a.error);
-  if (load_system(record).w[0] != 0) return;
-  store_system(record + 1, Vec16{{block_index(), row, u32(waited_ns), u32(waited_ns >> 32)}});
-  store_system(record, Vec16{{1, a.op, a.rank, peer}});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

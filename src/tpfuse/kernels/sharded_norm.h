@@ -185,18 +185,22 @@ TPF_DEVICE void load_gamma(const NormArgs& a, u32 t, u32 at, float (&g)[8]) {
   }
 }
 
+TPF_DEVICE float square_sum(const float (&x)[8]) {
+  float square[8];
+  TPF_UNROLL
+  for (int i = 0; i < 8; ++i) square[i] = mul_rn(x[i], x[i]);
+  TPF_UNROLL
+  for (int half = 4; half > 0; half /= 2) {
+    TPF_UNROLL
+    for (int i = 0; i < half; ++i) square[i] = add_rn(square[i], square[i + half]);
+  }
+  return square[0];
+}
 template <class T>
 TPF_DEVICE float lane_square(const Lane<T>& lane) {
   float x[8];
   widen(lane, x);
-  TPF_UNROLL
-  for (int i = 0; i < 8; ++i) x[i] = mul_rn(x[i], x[i]);
-  TPF_UNROLL
-  for (int half = 4; half > 0; half /= 2) {
-    TPF_UNROLL
-    for (int i = 0; i < half; ++i) x[i] = add_rn(x[i], x[i + half]);
-  }
-  return x[0];
+  return square_sum(x);
 }
 
 TPF_DEVICE float inverse_rms(float total, float reciprocal, float eps) {
@@ -307,8 +311,8 @@ TPF_DEVICE u32 group_count(u32 width) { return (width + kGroupElements - 1) / kG
 
 // Peer `r`'s workspace. A chain of selects over compile-time indices: indexing the array by r would copy it to local
 // memory, which costs 0.3 us a call.
-template <u32 W>
-TPF_DEVICE u64 workspace_of(const NormArgs& a, u32 r) {
+template <u32 W, class Args>
+TPF_DEVICE u64 workspace_of(const Args& a, u32 r) {
   u64 base = a.workspace[0];
   TPF_UNROLL
   for (u32 i = 1; i < W; ++i) base = r == i ? a.workspace[i] : base;
@@ -345,7 +349,8 @@ TPF_DEVICE bool arrived(const Vec16& packet, u32 step) {
 }
 
 // The first to give up leaves the record, its marker last; which of several it is does not matter.
-TPF_DEVICE void report(const NormArgs& a, u32 peer, u32 step, u64 waited_ns) {
+template <class Args>
+TPF_DEVICE void report(const Args& a, u32 peer, u32 step, u64 waited_ns) {
   Vec16* record = reinterpret_cast<Vec16*>(a.error);
   if (load_system(record).w[0] != 0) return;
   store_system(record + 1, Vec16{{block_index(), step, u32(waited_ns), u32(waited_ns >> 32)}});

@@ -1,7 +1,8 @@
 """`all_reduce` and `all_reduce_rms_norm` of the cuda backend: which kernel serves which call, and its launch.
 
-The kernels and their protocol are in kernels/all_reduce.h. Algorithm and chunks follow from rows, width, dtype and the
-number of ranks, so that every rank does the same; how a rank spreads a row over blocks and threads is its own matter.
+The kernels and their protocol are in kernels/all_reduce.h. Algorithm, slots and launches follow from rows, width,
+dtype, thresholds, the number of ranks and the GPU's model, all the same on every rank; alignment, which may differ,
+changes nothing that peers see.
 
 Which kernel (4x H200; benchmarks/results/ has the figures), by Thresholds, which `tpfuse tune` measures elsewhere:
 - one-shot up to one_shot_rows: its W - 1 rows of bytes cost less than a second flight over the links.
