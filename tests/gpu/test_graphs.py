@@ -75,8 +75,8 @@ def make(model: Callable[..., Any], **settings: Any) -> tuple[graphs.Piecewise, 
     return backend, step
 
 
-def capture(backend: graphs.Piecewise, step: Callable[[Tensor], Tensor]) -> None:
-    backend.capture(lambda tokens: step(rows(tokens)), progress=False)
+def capture(backend: graphs.Piecewise, step: Callable[[Tensor], Tensor], width: int = 256) -> None:
+    backend.capture(lambda tokens: step(rows(tokens, width)), progress=False)
 
 
 def equal(given: Tensor, wanted: Tensor) -> None:
@@ -101,8 +101,10 @@ def test_equal_to_eager(first: str, compiler: Any) -> None:
     assert report.misses == {65: 1, 100: 1}
     assert report.failures == ()
     if first == "captured":
-        assert report.eager == {}
-        assert report.replays == len(TOKENS) - 2
+        # Inductor's code for many tokens guards against 0 and 1, so torch compiles these for themselves.
+        alone = 3 if compiler else 0
+        assert report.eager == ({"compiled for constant shapes: 0 or 1 tokens": alone} if alone else {})
+        assert report.replays == len(TOKENS) - 2 - alone
 
 
 @pytest.mark.gpu
@@ -144,12 +146,12 @@ def test_clear_and_capture_again_with_moved_buffers() -> None:
 def test_memory_is_given_back() -> None:
     model = Model(layers=4, width=1024).cuda()
     backend, step = make(model)
-    capture(backend, step)  # once, so that libraries have what they keep
+    capture(backend, step, 1024)  # once, so that libraries have what they keep
     backend.clear()
     held = []
     for _ in range(3):
         before = torch.cuda.memory_reserved()
-        capture(backend, step)
+        capture(backend, step, 1024)
         report, pool = backend.report(), backend.pool
         assert report.pool_bytes > 0
         backend.clear()
@@ -164,7 +166,7 @@ def test_memory_does_not_grow_with_layers() -> None:
     bytes_of = {}
     for layers in (2, 16):
         backend, step = make(Model(layers, width=1024).cuda())
-        capture(backend, step)
+        capture(backend, step, 1024)
         bytes_of[layers] = backend.report().pool_bytes
         backend.clear()
     assert bytes_of[16] <= 2 * bytes_of[2]

@@ -19,11 +19,16 @@ Design record
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+CAPTURE_INVALID = 2  # CU_STREAM_CAPTURE_STATUS_INVALIDATED
+THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 
 class Graph(Protocol):
@@ -84,6 +89,10 @@ class CudaGraphs:
 
     name = "CUDA graphs"
 
+    # The last capture of a pool, if it failed. A pool that no graph has any more, but whose memory is still in use (the
+    # exception holds what was computed), can't be captured into again, so its graph stays until the next one is there.
+    _failed: ClassVar[dict[Any, torch.cuda.CUDAGraph]] = {}
+
     def __init__(self) -> None:
         self._streams: dict[Hashable, torch.cuda.Stream] = {}
 
@@ -121,9 +130,17 @@ class CudaGraphs:
                 results = run(*inputs)
                 graph.capture_end()
             except BaseException:
-                _abandon(graph, pool)
+                _end(graph)
+                self._forget_failures(pool)
+                self._failed[pool] = graph
                 raise
+        self._forget_failures(pool)
         return graph, results
+
+    def _forget_failures(self, *pools: Any) -> None:
+        for pool in pools:
+            if pool in self._failed:
+                self._failed.pop(pool).reset()
 
     def unowned(self, tensor: Tensor) -> Tensor:
         whole = tensor.untyped_storage()
@@ -142,16 +159,24 @@ class CudaGraphs:
             torch.cuda.synchronize()
 
     def give_back(self) -> None:
+        self._forget_failures(*self._failed)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """End a capture that failed. `capture_end` of an invalid capture raises, and in some versions of torch before the
-    allocator has left the pool; leaving it twice raises, too. The error that counts is the caller's."""
-    with contextlib.suppress(RuntimeError):
+def _end(graph: torch.cuda.CUDAGraph) -> None:
+    """End a capture that failed, on the current stream. The error that counts is the caller's.
+
+    `capture_end` of a capture that a forbidden call made invalid raises before torch's allocators have left the pool,
+    which then can't be captured into any more (seen with torch 2.11: that of pinned memory has no other way out). So
+    the driver ends that capture, and torch an empty one in its place.
+    """
+    driver, stream = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    status, dropped = ctypes.c_int(), ctypes.c_void_p()
+    driver.cuStreamIsCapturing(stream, ctypes.byref(status))
+    if status.value == CAPTURE_INVALID:
+        driver.cuStreamEndCapture(stream, ctypes.byref(dropped))
+        driver.cuStreamBeginCapture_v2(stream, THREAD_LOCAL)
+    with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an empty graph
         graph.capture_end()
-    with contextlib.suppress(RuntimeError):
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-    with contextlib.suppress(RuntimeError):
-        graph.reset()
