@@ -11,7 +11,7 @@ from jobs import DTYPES, OPS, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 from ulps import same_bits
 
-from tpfuse import Communicator
+from tpfuse import Communicator, NormOutput
 from tpfuse.errors import CommunicatorClosed, InvalidArgument
 
 ops = torch.ops.tpfuse
@@ -164,3 +164,38 @@ def test_compiled_code_says_when_its_communicator_was_closed(alone):
     comm.close()
     with pytest.raises(CommunicatorClosed, match="no communicator named"):
         compiled(torch.ones(2, 4))
+
+
+class Recorder:
+    """Stands in for the backend of own kernels: keeps the tensors that it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[torch.Tensor] = []
+
+    def __getattr__(self, op: str):
+        def keep(*args: object) -> None:
+            for arg in args:
+                parts = (arg.norm,) if isinstance(arg, NormOutput) else arg if isinstance(arg, tuple) else (arg,)
+                self.given += [part for part in parts if isinstance(part, torch.Tensor) and part.dim() != 1]
+
+        return keep
+
+
+@pytest.mark.parametrize("rows", [(5,), (2, 3), (1, 6), (2, 1, 3)], ids=str)
+def test_own_kernels_are_given_rows_whatever_the_leading_dimensions(alone, monkeypatch, rows):
+    """Kernels go from row to row by the stride of dimension 0, of what they read and of what they write."""
+    x, k, gamma, k_gamma, residual = arguments(rows=rows)
+    backend = Recorder()
+    monkeypatch.setattr(alone, "_begin", lambda *_, **__: backend)
+    results = (
+        alone.rms_norm(x, gamma),
+        *alone.qk_rms_norm(x, k, gamma, k_gamma),
+        alone.all_reduce(x),
+        *alone.all_reduce_rms_norm(x, gamma, residual=residual)[:2],
+    )
+    assert [y.shape for y in results] == [x.shape, x.shape, k.shape, x.shape, x.shape, residual.shape]
+    assert len(backend.given) == 2 + 4 + 2 + 3
+    for tensor in backend.given:
+        assert tensor.dim() == 2
+        assert tensor.shape[0] == x.shape[:-1].numel()
+        assert tensor.stride() == (tensor.shape[1], 1)

@@ -37,6 +37,7 @@ from tpfuse.reference import NormOutput
 from tpfuse.rope import Rope, rotate
 
 ROWS = (0, 1, 2, 3, 5, 7, 16, 33, 129, 1000)
+LAYOUTS = ("batched", "strided", "contiguous")
 WIDTHS = (24, 1000, 2688, 2880, 3072, 4096, 5120, 6144, 7168, 8192)
 QK_WIDTHS = ((6144, 1024), (2048, 256), (72, 40))
 QUANT_WIDTHS = (384, 2048, 2688)
@@ -174,25 +175,31 @@ def plant_specials(x: Tensor, rank: int) -> None:
     x[39::97, 3] = math.inf if rank % 2 else -math.inf  # infinities that cancel between ranks: NaN
 
 
-def slices(rows: Sequence[int] = ROWS) -> list[tuple[slice, bool]]:
-    """For every row count, which rows are taken, and whether as a view of wider rows."""
-    return [
-        (slice((7 * i) % (ROWS[-1] - t + 1), (7 * i) % (ROWS[-1] - t + 1) + t), i % 2 == 1) for i, t in enumerate(rows)
-    ]
+def slices(rows: Sequence[int] = ROWS) -> list[tuple[slice, str]]:
+    """For every row count, which rows are taken, and in which of LAYOUTS."""
+    starts = [(7 * i) % (ROWS[-1] - t + 1) for i, t in enumerate(rows)]
+    return [(slice(s, s + t), LAYOUTS[i % len(LAYOUTS)]) for i, (s, t) in enumerate(zip(starts, rows, strict=True))]
 
 
-def take(x: Tensor, rows: slice, strided: bool) -> Tensor:
-    return x[rows] if strided else x[rows].contiguous()
+def take(x: Tensor, rows: slice, layout: str) -> Tensor:
+    """These rows: a view of wider ones, a copy `[T, n]`, or a copy `[batch, T / batch, n]`, as models have it."""
+    taken = x[rows]
+    if layout == "strided":
+        return taken
+    if layout == "contiguous":
+        return taken.contiguous()
+    batch = 1 if taken.shape[0] % 2 else 2
+    return taken.contiguous().view(batch, taken.shape[0] // batch, taken.shape[1])
 
 
 def _rms_norm(comm: Communicator, case: Case, inputs: Inputs) -> Outcome:
     want = reference.rms_norm(inputs.xs, inputs.weights, eps=EPS, weight_bias=case.weight_bias)[comm.rank]
     worst = Worst(comm, case)
-    for rows, strided in slices():
-        x = take(inputs.xs[comm.rank], rows, strided)
+    for rows, layout in slices():
+        x = take(inputs.xs[comm.rank], rows, layout)
         y = comm.rms_norm(x, inputs.weights[comm.rank], eps=EPS, weight_bias=case.weight_bias)
         worst.called()
-        worst.see("norm", y, want[rows], None, strided)
+        worst.see("norm", y, want[rows], None, layout)
     return worst.outcome()
 
 
@@ -212,16 +219,16 @@ def _qk_rms_norm(comm: Communicator, case: Case, inputs: Inputs) -> Outcome:
         unturned = reference.qk_rms_norm(wide_q, wide_k, q_weights, k_weights, eps=eps, weight_bias=case.weight_bias)
         q_slack, k_slack = (rope_slack(y, rope) for y in unturned[comm.rank])
     worst = Worst(comm, case)
-    for rows, strided in slices():
-        q, k = take(own[:, :n], rows, strided), take(own[:, n:], rows, strided)
-        out = (q.clone(), k.clone()) if not strided else None
+    for rows, layout in slices():
+        q, k = take(own[:, :n], rows, layout), take(own[:, n:], rows, layout)
+        out = (q.clone(), k.clone()) if layout != "strided" else None
         q_in, k_in = out or (q, k)
         weights = q_weights[comm.rank], k_weights[comm.rank]
         turn = None if rope is None else replace(rope, positions=rope.positions[rows])
         y = comm.qk_rms_norm(q_in, k_in, *weights, eps=eps, weight_bias=case.weight_bias, rope=turn, out=out)
         worst.called()
-        worst.see("q", y[0], q_want[rows], of(q_slack, rows), strided)
-        worst.see("k", y[1], k_want[rows], of(k_slack, rows), strided)
+        worst.see("q", y[0], q_want[rows], of(q_slack, rows), layout)
+        worst.see("k", y[1], k_want[rows], of(k_slack, rows), layout)
     return worst.outcome()
 
 
@@ -251,10 +258,10 @@ def of(slack: Tensor | None, rows: slice) -> Tensor | None:
 def _all_reduce(comm: Communicator, case: Case, inputs: Inputs) -> Outcome:
     want, slack = reference.all_reduce(inputs.xs), sum_slack(inputs.xs)
     worst = Worst(comm, case)
-    for rows, strided in slices():
-        y = comm.all_reduce(take(inputs.xs[comm.rank], rows, strided))
+    for rows, layout in slices():
+        y = comm.all_reduce(take(inputs.xs[comm.rank], rows, layout))
         worst.called()
-        worst.see("sum", y, want[rows], slack[rows], strided)
+        worst.see("sum", y, want[rows], slack[rows], layout)
         worst.same_on_all_ranks("sum", y)
     return worst.outcome()
 
@@ -269,20 +276,20 @@ def _all_reduce_rms_norm(comm: Communicator, case: Case, inputs: Inputs) -> Outc
     slack = norm_slack(moved, r, weight.float() + case.weight_bias, want.norm)
     worst = Worst(comm, case)
     fmt = FORMATS[case.quant](given_to(case, comm.device)) if case.quant else None
-    for rows, strided in slices():
-        x = take(inputs.xs[comm.rank], rows, strided)
-        stream = None if residual is None else take(residual, rows, strided)
+    for rows, layout in slices():
+        x = take(inputs.xs[comm.rank], rows, layout)
+        stream = None if residual is None else take(residual, rows, layout)
         if case.row_sharded and stream is not None:
             stream = comm.shard_rows(stream)
 
         y = boundary(comm, case, x, weight, stream, fmt, keep_norm=True)
         worst.called()
         assert y.norm is not None
-        worst.see("norm", y.norm, want.norm[rows], slack[rows], strided)
+        worst.see("norm", y.norm, want.norm[rows], slack[rows], layout)
         worst.same_on_all_ranks("norm", y.norm)
         if y.residual is not None and want.residual is not None:
-            new = comm.gather_rows(y.residual, x.shape[0]) if case.row_sharded else y.residual
-            worst.see("residual", new, want.residual[rows], moved[rows], strided)
+            new = comm.gather_rows(y.residual, rows.stop - rows.start) if case.row_sharded else y.residual
+            worst.see("residual", new, want.residual[rows], moved[rows], layout)
             worst.same_on_all_ranks("residual", new)
         if fmt is not None:
             encoded = fmt.encode(y.norm)
@@ -342,10 +349,10 @@ class Worst:
         routes = [c for c in self._comm.report().counters if c.route.op == self._case.op]
         return sum(c.calls for c in routes if c.route.backend == "collective")
 
-    def see(self, what: str, got: Tensor, want: Tensor, slack: Tensor | None, strided: bool) -> None:
+    def see(self, what: str, got: Tensor, want: Tensor, slack: Tensor | None, layout: str) -> None:
+        got = got.flatten(0, -2)
         found = distance(got, want, slack, exact=self._exact)
         if found > self._distance:
-            layout = "strided" if strided else "contiguous"
             self._distance, self._where = found, f"{what}, {got.shape[0]} rows, {layout}"
 
     def quantised(self, fmt: Format, what: str, y: NormOutput, encoded: tuple[Tensor, Tensor]) -> None:
@@ -358,7 +365,10 @@ class Worst:
         if alike and y.scale.element_size() == 1:
             alike = torch.equal(y.scale.view(torch.uint8), encoded[1].view(torch.uint8))
         if not alike or any(distance(got, want, None, exact=True) for got, want in pairs):
-            self._distance, self._where = math.inf, f"{what}, {y.quant.shape[0]} rows: not the encoded norm"
+            self._distance, self._where = (
+                math.inf,
+                f"{what}, {y.quant.flatten(0, -2).shape[0]} rows: not the encoded norm",
+            )
 
     def same_on_all_ranks(self, what: str, y: Tensor) -> None:
         """Compare a checksum of the bits of y with the other ranks'."""
@@ -370,7 +380,7 @@ class Worst:
         every = [torch.empty_like(own) for _ in range(self._comm.world)]
         dist.all_gather(every, own, group=self._comm.group)
         if any(not torch.equal(other, own) for other in every):
-            self._distance, self._where = math.inf, f"{what}, {y.shape[0]} rows: ranks differ"
+            self._distance, self._where = math.inf, f"{what}, {y.flatten(0, -2).shape[0]} rows: ranks differ"
 
     def outcome(self) -> Outcome:
         return Outcome(self._case, self._comm.rank, self._distance, self._where)
@@ -471,7 +481,7 @@ def show(console: Console, outcomes: Sequence[Outcome], title: str) -> None:
         console.print(f"[red]failed[/] {o.case} on rank {o.rank}: {escape(what)}")
     console.print(
         f"{len(outcomes) - len(failed)} of {len(outcomes)} cases passed; each over {len(ROWS)} row counts "
-        f"from {ROWS[0]} to {ROWS[-1]}, contiguous and strided. "
+        f"from {ROWS[0]} to {ROWS[-1]}, {' and '.join(LAYOUTS)}. "
         "worst: 1.00 is what the contract allows, 0.00 is bit for bit."
     )
 

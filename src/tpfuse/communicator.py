@@ -312,7 +312,9 @@ class Communicator:
         if not isinstance(backend, Collective):
             outputs = boundary_outputs(x, residual, quant, keep_norm)
             if backend is not None:
-                backend.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias, quant, call, outputs)
+                norm = outputs.norm
+                into = outputs if norm is None or norm.dim() == 2 else outputs._replace(norm=rows(norm))
+                backend.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias, quant, call, into)
             return outputs
         norm, new = backend.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias, row_sharded)
         norm = norm.view(x.shape)

@@ -278,6 +278,7 @@ class AllReduce:
         stream: int,
     ) -> None:
         rows, width = x.shape
+        assert y is None or y.dim() == 2, "a row's stride is that of dimension 0"
         x_at, y_at, residual_at, new_at = (0 if t is None else t.data_ptr() for t in (x, y, residual, new_residual))
         gamma_at, bytes_at, scale_at = (0 if t is None else t.data_ptr() for t in (weight, bytes_, scale))
         x_stride = x.stride(0)
