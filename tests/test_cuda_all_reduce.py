@@ -255,10 +255,11 @@ def call(op: str = "all_reduce_rms_norm", quant: str = "", keep_norm: bool = Fal
         (call(), TWO, 8, 7 * 40 * (3072 * 2 + 3072 * 2) / 8),
         (call(quant="fp8_static"), TWO, 4, 3 * 40 * 3072 * 4 / 4),  # sums travel, every rank quantises
         (call(), EARLY, 4, 3 * 40 * 3072 * 4 / 4),
-        (call(quant="fp8_per_token"), EARLY, 4, 3 * 40 * 3072 * 3 / 4),  # back in one byte
+        (call(quant="fp8_static"), EARLY, 4, 3 * 40 * 3072 * 3 / 4),  # back in one byte
+        (call(quant="fp8_per_token"), EARLY, 4, 3 * 40 * (3072 * 3 + 4) / 4),  # and a scale
         (call(quant="fp8_per_token", keep_norm=True), EARLY, 4, 3 * 40 * 3072 * 4 / 4),
-        (call(quant="mxfp8_swizzled"), EARLY, 4, 3 * 40 * 3072 * 3 / 4),
-        (call(quant="nvfp4_swizzled"), EARLY, 4, 3 * 40 * 3072 * 2.5 / 4),
+        (call(quant="mxfp8_swizzled"), EARLY, 4, 3 * 40 * (3072 * 3 + 4 * 96) / 4),
+        (call(quant="nvfp4_swizzled"), EARLY, 4, 3 * 40 * (3072 * 2.5 + 4 * 192) / 4),
         (call("rms_norm"), ONE, 4, 3 * 40 * 16),
     ],
 )

@@ -34,15 +34,17 @@
 //   everything that is under way to peers as well, made 8192 rows 30% slower. Flags are lowered by the one who waits for
 //   them, and raised only if somebody will: none is up between calls.
 //   Blocks start by index and wait only for blocks of the same row and of earlier ones: no grid has to fit the GPU at once.
-//   Every spin is bounded by the device clock. Who gives up writes the error record and sends nothing that depends on
-//   what did not come, so the others give up as well; it goes through the rest of the kernel, where nobody waits for it.
+//   Every spin is bounded by the device clock. Who gives up writes the error record, goes through the rest of the kernel
+//   so that no barrier waits for it, and does not send its part of the row, so whoever needs the row gives up as well.
+//   Where the norm is sent, other warps of that row may send their parts with a wrong factor; the row stays incomplete.
 //
 // Order under programmatic dependent launch: the trigger comes first, since the next grid waits for the end of this one
 // before it reads anything; gamma is a weight and is loaded before the wait, everything else after it.
 //
 // Measured on 4x H200, bf16 (docs/all-reduce-performance.md):
-//   16-byte stores reach 344 to 348 GB/s at 8192 rows with one block a row; only pushing reaches 348. Bulk copies from shared memory are not
-//   faster in this kernel (343), and slower below (shared memory, proxy fence and barrier before the push): dropped.
+//   16-byte stores reach 344 to 348 GB/s at 8192 rows with one block a row; only pushing reaches 348. Bulk copies from
+//   shared memory are not faster in this kernel (343), and slower below (shared memory, proxy fence and barrier before
+//   the push): dropped.
 //   A cluster barrier for the sums of squares costs 0.5 to 1 us: its release waits for all earlier stores, the pushes to
 //   peers included. Stores that count at a barrier object in the receiver's shared memory order nothing else: 0.2 us.
 //   One lane that polls before all load: 0.5 us less in one_shot with one block a row (polls of 12 warps get into each

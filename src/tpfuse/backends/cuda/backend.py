@@ -7,6 +7,7 @@ A call costs the host one launch. What keeps it so cheap: nothing is allocated b
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from tpfuse.backends.cuda.sharded_norm import ShardedNorm
 from tpfuse.backends.cuda.workspace import Workspace
 from tpfuse.errors import TpfuseError
 from tpfuse.plan import Counter, Route
-from tpfuse.quant import Format
+from tpfuse.quant import FORMATS, Format, FP8Static
 from tpfuse.reference import NormOutput
 from tpfuse.rope import Rope
 
@@ -164,5 +165,12 @@ def link_bytes(call: Call, route: Route, world: int) -> int:
         return call.rows * (world - 1) * row
     back = row
     if route is EARLY and call.quant and not call.keep_norm:
-        back = call.width // 2 if call.quant.startswith("nvfp4") else call.width
+        back = quantised_bytes(call.quant, call.width)
     return call.rows * (world - 1) * (row + back) // world
+
+
+@cache
+def quantised_bytes(name: str, width: int) -> int:
+    """What a row takes that its owner has quantised: its elements, and of each scale that it computed a word."""
+    quant = FORMATS[name](torch.ones(1))
+    return width // quant.packed + (0 if isinstance(quant, FP8Static) else 4 * quant.groups(width))
