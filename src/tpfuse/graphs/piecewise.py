@@ -205,7 +205,11 @@ class Piecewise:
         runners = list(self._runners)
         recordings = [r for runner in runners for lane in runner.lanes.values() for r in lane.recordings.values()]
         for size, counter in counts.sizes.items():
-            counter.graphs = sum(len(r.graphs) for r in recordings if r.size == size)
+            alive = [recording for recording in recordings if recording.size == size]
+            counter.graphs = sum(len(recording.graphs) for recording in alive)
+            if alive:
+                counter.seconds = sum(recording.seconds for recording in alive)
+                counter.bytes = sum(recording.bytes for recording in alive)
         steps = [step for runner in runners for step in runner.parts.steps]
         pieces = sum(step.piece for step in steps)
         return GraphReport(

@@ -15,7 +15,8 @@ class SizeCounter:
     """One captured size, over all runners. `graphs` are alive; everything else was counted since the backend was made.
 
     `calls` were served by this size, of them `replays` by graphs that were there already, the others captured them.
-    `tokens` were asked for, `padding` was computed with them. `seconds` and `bytes` of the last capture.
+    `tokens` were asked for, `padding` was computed with them. `seconds` and `bytes`: what it took to capture the graphs
+    that are alive, or those that were at the last report.
     """
 
     size: int

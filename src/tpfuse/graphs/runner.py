@@ -82,6 +82,8 @@ class Recording:
     padded: dict[int, Any] = field(default_factory=dict)
     addresses: list[Any] = field(default_factory=list)  # of fixed inputs that pieces read
     written: set[int] = field(default_factory=set)  # graph inputs that a step writes to
+    seconds: float = 0.0  # of its capture, warm-ups included
+    bytes: int = 0  # by which the pool grew
 
     def reset(self) -> list[str]:
         """Free the graphs; what fails is reported, and the rest goes on."""
@@ -247,10 +249,9 @@ class Runner:
             settings.counts.failures += recording.reset()
             raise
         lane.recordings[size] = recording
-        counter = settings.counts.sizes[size]
-        counter.captures += 1
-        counter.seconds = time.perf_counter() - began
-        counter.bytes = settings.mechanism.held(settings.pool) - held
+        settings.counts.sizes[size].captures += 1
+        recording.seconds = time.perf_counter() - began
+        recording.bytes = settings.mechanism.held(settings.pool) - held
         return results
 
     def _record_steps(

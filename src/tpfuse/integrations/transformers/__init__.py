@@ -12,5 +12,6 @@ from __future__ import annotations
 
 from tpfuse.integrations.transformers.architectures import register
 from tpfuse.integrations.transformers.integration import Applied, applied, disable, enable
+from tpfuse.integrations.transformers.packed import PiecewiseModel, piecewise
 
-__all__ = ["Applied", "applied", "disable", "enable", "register"]
+__all__ = ["Applied", "PiecewiseModel", "applied", "disable", "enable", "piecewise", "register"]

@@ -1,4 +1,4 @@
-"""The KV cache of packed batches, and attention to it: what stands behind the split operator of `piecewise.py`.
+"""The KV cache of packed batches, and attention to it: what stands behind the split operator of `packed.py`.
 
 A slot holds one request: its keys and values, `[slots, length, KV heads, head_dim]` a layer, and the keys of M3's
 indexer. A batch packs the new tokens of several requests into one dimension. What depends on how they belong to

@@ -20,11 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor, wait_tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.functional import linear
 
 from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.graphs import Attention, Cleared, GraphReport, Piecewise, attention
@@ -73,14 +75,11 @@ class PackedModel:
             if indexer is not None and not hasattr(indexer, "tpfuse_stock"):
                 indexer.tpfuse_stock, indexer.forward = indexer.forward, _indexing(indexer, base.config)
         _register()
-        head = model.get_output_embeddings()
 
         def hidden(ids: Tensor, positions: Tensor) -> Tensor:
             return base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
-        def logits(rows: Tensor) -> Tensor:
-            return head(rows)  # type: ignore[no-any-return]
-
+        logits = _head(model.get_output_embeddings())
         self._hidden: Callable[..., Tensor] = hidden
         self._logits: Callable[..., Tensor] = logits
         if backend is not None:
@@ -209,6 +208,21 @@ def _check(model: Any, base: Any, piecewise: bool) -> None:
             f"piecewise: {name} has experts_implementation={chosen!r} in {weight.dtype}, which decides on the host; "
             "needed: 'grouped_mm' in bfloat16, or 'batched_mm' (which copies a token's experts for it: for tests)."
         )
+
+
+def _head(module: Any) -> Callable[[Tensor], Tensor]:
+    """The lm_head, in the stock plan's division: each rank some of the vocabulary, gathered. Its own forward wraps
+    tensors into DTensors, which have no address that a graph could hold."""
+    weight = module.weight
+    if not isinstance(weight, DTensor):
+        return module  # type: ignore[no-any-return]
+    assert weight.placements == (Shard(0),), weight.placements
+    local, group = weight.to_local(), weight.device_mesh.get_group()
+
+    def logits(rows: Tensor) -> Tensor:
+        return wait_tensor(all_gather_tensor(linear(rows, local), gather_dim=1, group=group))
+
+    return logits
 
 
 def _core(cache: KVCache, layer: int, scale: float) -> Any:
