@@ -174,10 +174,18 @@ def bench_model(
     concurrency: Annotated[str, typer.Option(help="Requests at once, e.g. 1,10,64.")] = "1,10,64",
     input_len: Annotated[int, typer.Option("--in", help="Tokens of a prompt.")] = 2048,
     output_len: Annotated[int, typer.Option("--out", help="Tokens that a request gets.")] = 256,
-    modes: Annotated[str, typer.Option(help="Of stock (transformers' own plan), off, control, fused.")] = (
-        "stock,off,control,fused"
-    ),
-    graphs: Annotated[bool, typer.Option(help="Decode in CUDA graphs, on GPUs.")] = True,
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            help="Of stock (transformers' own plan), off, control, fused.", show_default="all; no stock in pieces"
+        ),
+    ] = None,
+    graphs: Annotated[
+        str, typer.Option(help="CUDA graphs: none, full (a decode step in one) or piecewise (prompt and decode).")
+    ] = "full",
+    chunks: Annotated[
+        str, typer.Option(help="With piecewise: time prefill chunks of so many tokens, e.g. 64,128,256,512.")
+    ] = "",
     experts: Annotated[str, typer.Option(help="transformers' implementation of the experts.", show_default="its")] = "",
     profile: Annotated[
         Path | None, typer.Option(help="Write where the time of a decode step goes to this file, a JSON line a kernel.")
@@ -189,7 +197,7 @@ def bench_model(
     ] = None,
 ) -> None:
     """Time a whole model with random weights: prompt and decode."""
-    from tpfuse.bench import model, model_records
+    from tpfuse.bench import model, model_records, session
     from tpfuse.bench.ops import parse_tokens
     from tpfuse.bench.plot import check_plot
     from tpfuse.bench.records import write
@@ -204,8 +212,9 @@ def bench_model(
         if path is not None:
             _check_writable(path)
     kept = "" if profile is None else str(profile.absolute())
-    workload = model.Workload(parse_tokens(concurrency), input_len, output_len, graphs, experts, kept)
-    asked = [mode.strip() for mode in modes.split(",")]
+    sizes = parse_tokens(chunks) if chunks else ()
+    workload = session.Workload(parse_tokens(concurrency), input_len, output_len, graphs, sizes, experts, kept)
+    asked = None if modes is None else [mode.strip() for mode in modes.split(",")]
     with _progress(f"bench {preset}") as progress:
         records = model.run(
             preset, layers=layers, world=tp, device_type=device, modes=asked, workload=workload, progress=progress

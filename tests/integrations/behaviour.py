@@ -148,7 +148,7 @@ def registered(rank: Rank, path: Path) -> dict[str, Any]:
 
 def decoded(rank: Rank, path: Path, mode: str, tokens: int) -> Tensor:
     """Greedy tokens as `tpfuse bench model` makes them: static cache, own steps, on GPUs as replays of a CUDA graph."""
-    from tpfuse.bench.model import Session, Workload
+    from tpfuse.bench.session import Session, Workload
 
     device = torch.device(rank.device_type)
     os.environ["LOCAL_RANK"] = str(rank.rank)

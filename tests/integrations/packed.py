@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,19 @@ def greedy(packed: PackedModel, given: Tensor, tokens: int = 8) -> Tensor:
     return torch.stack([torch.cat(found[slot]) for slot in (2, 0, 1)]).cpu()
 
 
-def packed_batches(rank: Rank, path: Path, mode: str, stand_in: bool, settings: dict[str, Any]) -> dict[str, Any]:
-    """Logits and tokens of packed batches, captured before, captured lazily, and after a clear; the plain forward of
-    the same model; what the cache has of other slots; and the report. stand_in: for CUDA graphs, on a CPU."""
+def packed_batches(rank: Rank, path: Path, mode: str, stand_in: bool, inductor: bool = False) -> dict[str, Any]:
+    """Logits of the schedule, captured lazily and, after a clear, before it; greedy tokens; whether a step of one slot
+    left the places of others and behind it alone; and the report. stand_in: for CUDA graphs, on a CPU."""
+    settings: dict[str, Any] = {}
     if stand_in:
+        sys.path.append(str(Path(__file__).parent.parent / "graphs"))
         from stand_in import StandIn
 
-        settings = {"mechanism": StandIn(), **settings}
+        settings = {"mechanism": StandIn()}
+    if inductor:
+        from torch._inductor.compile_fx import compile_fx
+
+        settings |= {"compiler": compile_fx}
     os.environ["LOCAL_RANK"] = str(rank.rank)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch._dynamo.reset()
@@ -94,20 +101,19 @@ def packed_batches(rank: Rank, path: Path, mode: str, stand_in: bool, settings: 
         packed.clear()
         packed.capture()
         captured = run_schedule(packed, given)
-        report = packed.report()
         tokens = greedy(packed, given)
+        report = packed.report()
         for keys in packed.cache.keys:
             keys.fill_(7.0)
-        packed.free(1, keep=0)
         for slot in range(SLOTS):
             packed.free(slot)
-        packed.step({1: given[0, :5]})
+        packed.step({1: given[0, :5]})  # padded to 8
         untouched = all(
             bool((keys[[0, 2, 3]] == 7).all() and (keys[1, 5:] == 7).all() and not (keys[1, :5] == 7).all())
             for keys in packed.cache.keys
         )
         with torch.no_grad():
-            model(given)  # goes on as before
+            model(given)  # transformers' own forward goes on
         return {
             "lazily": lazily,
             "captured": captured,
@@ -115,3 +121,27 @@ def packed_batches(rank: Rank, path: Path, mode: str, stand_in: bool, settings: 
             "untouched": untouched,
             "report": report.as_dict(),
         }
+
+
+def check(found: dict[str, Any], expected: tuple[list[Tensor], Tensor]) -> None:
+    """What `packed_batches` returned, against `plain`."""
+    steps, tokens = expected
+    for given in (found["lazily"], found["captured"]):
+        for logits, wanted in zip(given, steps, strict=True):
+            assert (logits - wanted).abs().max() <= 1e-5
+    assert torch.equal(found["tokens"], tokens)
+    assert found["untouched"]
+
+
+def against_eager(rank: Rank, path: Path, dtype: torch.dtype) -> list[float]:
+    """Of each step, how far logits in graphs are from those without, as part of the largest."""
+    os.environ["LOCAL_RANK"] = str(rank.rank)
+    torch._dynamo.reset()
+    given = prompts(rank.device_type)
+    with tiny.closing(tiny.load(path, "fused", rank.world, dtype=dtype, experts="grouped_mm")) as model:
+        eager = run_schedule(PackedModel(model, slots=SLOTS, length=LENGTH), given)
+        graphs = PiecewiseModel(model, SIZES, slots=SLOTS, length=LENGTH)
+        graphs.capture()
+        captured = run_schedule(graphs, given)
+        assert graphs.report().replays
+    return [float((a - b).abs().max() / a.abs().max()) for a, b in zip(eager, captured, strict=True)]

@@ -104,11 +104,32 @@ def test_bench_model_writes_what_it_prints(tmp_path):
         assert row["output_tok_s"] == pytest.approx(row["concurrency"] * 4 / latency)
         assert row["total_tok_s"] == pytest.approx(row["concurrency"] * 20 / latency)
         assert row["tok_s_per_gpu"] == pytest.approx(row["output_tok_s"] / 2)
-        assert (row["layers"], row["world"], row["graphs"]) == (2, 2, False)
+        assert (row["layers"], row["world"], row["graphs"]) == (2, 2, "none")
         # stock: q, k, v gathered, o_proj and experts reduced. tpfuse: both norms of q and k in one, and two boundaries.
         assert row["collectives_per_layer"] == (5 if row["impl"] == "stock" else 3)
     assert "not as requested: " in done.stdout
     assert str(figures) in done.stdout
+
+
+def test_bench_model_in_pieces(tmp_path):
+    preset = "tiny-minimax-m3"
+    arguments = ("--graphs", "piecewise", "--chunks", "8,16", "--concurrency", "1,2", "--in", 16, "--out", 4)
+    done = tpfuse(
+        "bench", "model", "--preset", preset, "--tp", 2, "--modes", "fused", *arguments, "--results", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    figures = tmp_path / f"model-{preset}-cpux2-control-none.jsonl"  # what there was: no fused kernels, and no graphs
+    first, second = (json.loads(line) for line in figures.read_text().splitlines())
+    for row in (first, second):
+        assert row["ok"], row["error"]
+        assert (row["requested_graphs"], row["graphs"]) == ("piecewise", "none")
+        assert row["collectives_per_layer"] == 2
+    assert {way: list(times) for way, times in first["chunk_s"].items()} == {
+        way: ["8", "16"] for way in ("eager", "compiled", "piecewise")
+    }
+    assert second["chunk_s"] == {}  # of the first number of requests alone
+    assert "CUDA graphs none (piecewise requested)" in done.stdout
+    assert figures.with_suffix(".png").exists()
 
 
 @pytest.mark.parametrize("preset", ["tiny-llama", "tiny-minimax-m3", "tiny-nemotron-h"])
@@ -128,6 +149,13 @@ def test_every_tiny_preset_runs_on_cpu_ranks(preset, tmp_path):
         (("--preset", "tiny-llama", "--modes", "fast"), "supported: stock, off, control, fused"),
         (("--preset", "tiny-llama", "--out", "1"), "needed: at least one request, one token in and two out"),
         (("--preset", "tiny-llama", "--concurrency", "0"), "whole numbers of at least 1"),
+        (("--preset", "tiny-llama", "--graphs", "some"), "graphs='some'; supported: none, full, piecewise"),
+        (
+            ("--preset", "tiny-llama", "--chunks", "64"),
+            "needed: at least 2 tokens, no more than a prompt has, and graphs=",
+        ),
+        (("--preset", "tiny-llama", "--graphs", "piecewise", "--modes", "stock"), "graphs=piecewise with stock"),
+        (("--preset", "tiny-nemotron-h", "--graphs", "piecewise"), "tiny-nemotron-h has layers of linear_attention"),
     ],
 )
 def test_what_bench_model_refuses(arguments, says):

@@ -3,9 +3,6 @@ recording stand-in of tests/graphs for CUDA graphs."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import packed as jobs
 import pytest
 import tiny_models as tiny
@@ -13,28 +10,52 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'tpfuse[transformers]'")
 
-sys.path.append(str(Path(__file__).parent.parent / "graphs"))  # ranks import the stand-in
-
-from stand_in import StandIn
-
 from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.integrations import transformers as integration
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Name -> a tiny model on this rank alone."""
-    return lambda name, **settings: tiny.load(tiny.make(name, tmp_path_factory.mktemp("model")), "whole", 1, **settings)
+@pytest.fixture
+def model(tmp_path):
+    """Name of a tiny model -> it, on this rank alone."""
+    return lambda name: tiny.load(tiny.make(name, tmp_path), "whole", 1)
 
 
 @pytest.mark.parametrize("name", ["minimax-m2", "minimax-m3", "llama"])
 def test_packed_batches_are_the_plain_model(name, on_ranks, tmp_path):
     path = tiny.make(name, tmp_path)
-    steps, tokens = on_ranks(1, jobs.plain, path)[0]
-    for world, mode in ((1, "whole"), (2, "fused"), (2, "off")):
-        for found in on_ranks(world, jobs.packed_batches, path, mode, True, {}):
-            for given in (found["lazily"], found["captured"]):
-                for logits, expected in zip(given, steps, strict=True):
-                    assert (logits - expected).abs().max() <= 1e-5, (world, mode)
-            assert torch.equal(found["tokens"], tokens), (world, mode)
-            assert found["untouched"]
+    expected = on_ranks(1, jobs.plain, path)[0]
+    for world, mode in ((1, "whole"), (2, "fused")):
+        for found in on_ranks(world, jobs.packed_batches, path, mode, True):
+            jobs.check(found, expected)
+            # The layers' attention between pieces, and the head. Three batches had more tokens than the largest size.
+            layers = tiny.COMMON["num_hidden_layers"]
+            assert (found["report"]["pieces"], found["report"]["split_calls"]) == (layers + 2, layers), (world, mode)
+            assert found["report"]["misses"] == {18: 2, 20: 1, 25: 1}
+
+
+def test_what_step_free_and_capture_refuse(model):
+    packed = integration.piecewise(model("llama"), [4, 8], slots=2, length=6)
+    token = torch.ones(1, dtype=torch.int64)
+    with pytest.raises(InvalidArgument, match="no tokens"):
+        packed.step({})
+    with pytest.raises(InvalidArgument, match="slot 2; there are 0 to 1"):
+        packed.step({2: token})
+    packed.step({1: token.expand(5)})
+    with pytest.raises(InvalidArgument, match="slot 1 has 5 of 6 tokens and gets 2"):
+        packed.step({1: token.expand(2)})
+    with pytest.raises(InvalidArgument, match=r"capture: slots \[1\] in use"):
+        packed.capture()
+    with pytest.raises(InvalidArgument, match="keep=6"):
+        packed.free(1, keep=6)
+    packed.free(1)
+    packed.capture()
+    assert packed.report().eager == {"tensors are on cpu; CUDA graphs need GPUs": 6}
+
+
+def test_what_can_not_be_packed_is_refused(model):
+    with pytest.raises(Unsupported, match="layers of linear_attention, mlp, moe; supported: full_attention"):
+        integration.piecewise(model("nemotron-h"), [4], slots=1, length=8)
+    experts = model("minimax-m2")
+    experts.config._experts_implementation = "eager"
+    with pytest.raises(Unsupported, match=r"experts_implementation='eager' in torch\.float32 decides on the host"):
+        integration.piecewise(experts, [4], slots=1, length=8)

@@ -127,8 +127,11 @@ def randomise(model: torch.nn.Module) -> None:
         tensor.data.copy_(noise * scale + (1.0 if "norm" in name and "M3" not in type(model).__name__ else 0.0))
 
 
-def load(path: Path, mode: str, world: int, *, dtype: torch.dtype = torch.float32, **distributed: Any) -> Any:
-    """The model on this rank. mode: tpfuse's, or "stock", or "whole" for one that is not divided."""
+def load(
+    path: Path, mode: str, world: int, *, dtype: torch.dtype = torch.float32, experts: str = "", **distributed: Any
+) -> Any:
+    """The model on this rank. mode: tpfuse's, or "stock", or "whole" for one that is not divided. experts: the
+    implementation of the experts, where one is needed."""
     import transformers
     from transformers.distributed import DistributedConfig
 
@@ -141,7 +144,9 @@ def load(path: Path, mode: str, world: int, *, dtype: torch.dtype = torch.float3
     config = DistributedConfig(tp_size=world, tp_plan="auto", **distributed) if mode != "whole" and world > 1 else None
     settings: dict[str, Any] = {"dtype": dtype, "distributed_config": config}
     if hasattr(transformers.AutoConfig.from_pretrained(path), "num_experts_per_tok"):
-        if dtype == torch.float64:
+        if experts:
+            settings["experts_implementation"] = experts
+        elif dtype == torch.float64:
             settings["experts_implementation"] = "eager"  # grouped_mm has no fp64
         elif torch.cuda.is_available():
             settings["experts_implementation"] = "batched_mm"  # nor, on GPUs, an fp32 that a graph may capture

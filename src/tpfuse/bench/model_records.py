@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -37,8 +38,11 @@ class ModelRecord:
     input_len: int
     output_len: int
     dtype: str
-    graphs: bool  # decode ran in a CUDA graph
+    requested_graphs: str  # none, full (decode steps in one CUDA graph each) or piecewise (prompt and decode in pieces)
+    graphs: str  # which there were: on a CPU none
     experts: str  # transformers' implementation of the experts; empty for its default
+    captured: list[dict[str, Any]]  # for each captured number of tokens: tokens, graphs, seconds, bytes of their pool
+    chunk_s: dict[str, dict[str, float]]  # time of a prefill chunk: eager, compiled, piecewise, then by tokens
     ttft_s: float | None  # prompt to first token
     tpot_s: float | None  # (latency - ttft) / (output_len - 1)
     total_tok_s: float | None  # input and output tokens
@@ -66,11 +70,11 @@ def effective_mode(records: Sequence[ModelRecord]) -> str:
 
 
 def result_name(records: Sequence[ModelRecord]) -> str:
-    """`model-minimax-m2-h200x4-control+fused.jsonl`: the modes are the EFFECTIVE ones."""
+    """`model-minimax-m2-h200x4-control+fused-full.jsonl`: modes and graphs are the EFFECTIVE ones."""
     if not records:
         raise InvalidArgument("result_name: no records, so there is no machine and no mode to name.")
     first = records[0]
-    return f"model-{first.preset}-{short_gpu(first.gpu)}x{first.world}-{effective_mode(records)}.jsonl"
+    return f"model-{first.preset}-{short_gpu(first.gpu)}x{first.world}-{effective_mode(records)}-{first.graphs}.jsonl"
 
 
 def report(records: Sequence[ModelRecord]) -> RenderableType:
@@ -78,7 +82,8 @@ def report(records: Sequence[ModelRecord]) -> RenderableType:
     if not records:
         return Text("nothing was measured", style="yellow")
     first = records[0]
-    graphs = "decode in CUDA graphs" if first.graphs else "no CUDA graphs"
+    graphs = f"CUDA graphs {first.graphs}"
+    graphs += "" if first.graphs == first.requested_graphs else f" ({first.requested_graphs} requested)"
     shape = f"{first.layers} layers, {first.input_len} in, {first.output_len} out, {first.dtype}, {graphs}"
     parts: list[RenderableType] = [
         escape(f"{first.world} ranks on {first.gpu}, commit {short_commit(first.commit)}"),
@@ -94,6 +99,8 @@ def report(records: Sequence[ModelRecord]) -> RenderableType:
         more = (ratio(r, records), _number(r.memory_gib), _number(r.collectives_per_layer))
         table.add_row(str(r.concurrency), r.name, r.effective_mode if r.ok else "failed", *numbers, *more)
     parts.append(table)
+    parts += [_captured(r) for r in records if r.captured]
+    parts += [_chunks(r) for r in records if r.chunk_s]
     parts += [Text(f"{r.name}, {r.concurrency} requests: {r.error}", style="red") for r in records if not r.ok]
     parts += [
         Text(f"not as requested: {reason}", style="yellow") for reason in sorted({r.reason for r in records} - {""})
@@ -101,6 +108,29 @@ def report(records: Sequence[ModelRecord]) -> RenderableType:
     if first.gpu.startswith("CPU"):
         parts.append(Text(CPU_NOTE, style="yellow"))
     return Group(*parts)
+
+
+def _captured(record: ModelRecord) -> Table:
+    """What capturing took, a row for each number of tokens."""
+    table = Table(title=f"captured, {record.name}, {record.concurrency} requests")
+    for name in ("tokens", "graphs", "seconds", "MiB"):
+        table.add_column(name, justify="right")
+    for size in record.captured:
+        table.add_row(
+            str(size["tokens"]), str(size["graphs"]), f"{size['seconds']:.2f}", _number(size["bytes"] / 2**20)
+        )
+    return table
+
+
+def _chunks(record: ModelRecord) -> Table:
+    """Time of a prefill chunk, and how many times as fast as compiled code without graphs piecewise is."""
+    table = Table(title=f"ms a prefill chunk, {record.name}, the last of {record.input_len} tokens")
+    for name in ("tokens", *record.chunk_s, "compiled / piecewise"):
+        table.add_column(name, justify="right")
+    for tokens, seconds in record.chunk_s["piecewise"].items():
+        times = (_ms(way[tokens]) for way in record.chunk_s.values())
+        table.add_row(tokens, *times, f"{record.chunk_s['compiled'][tokens] / seconds:.2f}x")
+    return table
 
 
 def ratio(record: ModelRecord, records: Sequence[ModelRecord]) -> str:
@@ -129,7 +159,8 @@ def plot(records: Sequence[ModelRecord], path: Path) -> None:
         figure = Figure(figsize=(9.5, 3.6), dpi=160, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(
-            f"{first.preset}, {first.layers} layers, TP{first.world} on {first.gpu}: effective {effective_mode(ran)}",
+            f"{first.preset}, {first.layers} layers, TP{first.world} on {first.gpu}: "
+            f"effective {effective_mode(ran)}, CUDA graphs {first.graphs}",
             color=INK,
             fontsize=11,
         )

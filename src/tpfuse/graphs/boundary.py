@@ -26,8 +26,8 @@ class Core(Protocol):
     """What computes. All tensors have the rows of the real tokens; out is the caller's buffer, cut to them.
 
     It either returns the result, of any float dtype (best what it accumulated in), shaped like out; or writes to out
-    and returns None or out. selected: [T, ...] for sparse attention, what it selects keys by: positions for `sparse`, or
-    what a core of one's own makes them from. Else None.
+    and returns None or out. selected: [T, ...] for sparse attention, else None: positions for `sparse`, and what a core
+    of one's own makes them from.
     """
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, selected: Tensor | None, out: Tensor) -> Tensor | None: ...
@@ -47,8 +47,8 @@ class Attention:
     ) -> Tensor:
         """Attention of q `[T, ...]` to the layer's keys and values. Returns the first T rows of the buffer.
 
-        selected: `[T, ...]` for sparse attention, positions where the core is `sparse`. out: `[at least T, ...]`, float; if neither this call nor
-        the layer has one, it is made like q.
+        selected: `[T, ...]`, for sparse attention; see `Core`. out: `[at least T, ...]`, float; if neither this call
+        nor the layer has one, it is made like q.
         """
         if out is not None and self.out is not None and out is not self.out:
             raise InvalidArgument(

@@ -150,7 +150,7 @@ class Piecewise:
         if unknown:
             raise InvalidArgument(f"Piecewise: capture(sizes={unknown}); needed: some of {list(self.sizes)}.")
         shown = progress and rich.get_console().is_terminal
-        with Progress(transient=True, disable=not shown) as bar, _any_size():
+        with Progress(transient=True, disable=not shown) as bar, any_size():
             task = bar.add_task("capturing", total=len(chosen))
             for size in chosen:
                 bar.update(task, description=f"capturing {size} tokens")
@@ -226,7 +226,7 @@ class Piecewise:
         )
 
 
-def _any_size() -> contextlib.AbstractContextManager[None]:
+def any_size() -> contextlib.AbstractContextManager[None]:
     """While in it, torch.compile makes one graph for all numbers of tokens, and none of their own for 0 and 1."""
     return shape_settings.patch(backed_size_oblivious=True)  # type: ignore[attr-defined,no-any-return]
 

@@ -125,7 +125,9 @@ class KVCache:
         """The batch of so many new tokens for each slot."""
         self.check(new)
         order = sorted(new, key=lambda slot: (new[slot], slot))
-        positions, places, last = [], [], {}
+        positions: list[int] = []
+        places: list[int] = []
+        last: dict[int, int] = {}
         for slot in order:
             start = self.cached[slot]
             positions += range(start, start + new[slot])
@@ -149,7 +151,9 @@ class KVCache:
         for slot, count in batch.new.items():
             self.cached[slot] += count
 
-    def attend(self, layer: int, scale: float, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, out: Tensor) -> None:
+    def attend(
+        self, layer: int, scale: float, q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, out: Tensor
+    ) -> None:
         """Write the batch's keys and values of a layer, and attend to what its requests have: q `[T, heads, D]`.
 
         selected: `[T, index heads + 1, dim]`, the indexer's queries and, last, its key of each token.
@@ -166,7 +170,8 @@ class KVCache:
             bias, shape = group.bias, (group.requests, group.new)
             indexer = self._indexers[layer]
             if indexer is not None and group.keys > indexer.blocks * indexer.size:
-                assert selected is not None and index_keys is not None
+                assert selected is not None
+                assert index_keys is not None
                 bias = self._bias(_chosen(indexer, group, selected[group.rows, :-1], index_keys))
             queries = q[group.rows].unflatten(0, shape).unflatten(2, (-1, self._share))  # requests, new, KV, share, D
             attended = scaled_dot_product_attention(

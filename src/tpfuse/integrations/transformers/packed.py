@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor, wait_tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import linear
 
 from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.graphs import Attention, Cleared, GraphReport, Piecewise, attention
+from tpfuse.graphs.piecewise import any_size
 from tpfuse.integrations.transformers.architecture import heads_of
 from tpfuse.integrations.transformers.architectures import ARCHITECTURES
 from tpfuse.integrations.transformers.integration import Applied
@@ -51,7 +51,9 @@ class PackedModel:
         self._comm = applied.comm if isinstance(applied, Applied) else None
         world = 1 if self._comm is None else self._comm.world
         self._base = base = _base_of(model, divided=self._comm is not None)
-        _check(model, base, piecewise=backend is not None)
+        check_layers(base.config, type(model).__name__)
+        if backend is not None:
+            _check_experts(base)
         heads, kv_heads = heads_of(base.config, world)
         attentions = [layer.self_attn for layer in base.layers]
         indexers = [getattr(module, "indexer", None) for module in attentions]
@@ -71,7 +73,7 @@ class PackedModel:
             for layer, module in enumerate(attentions)
         ]
         self._modules = attentions
-        for module, indexer in zip(attentions, indexers, strict=True):
+        for indexer in indexers:
             if indexer is not None and not hasattr(indexer, "tpfuse_stock"):
                 indexer.tpfuse_stock, indexer.forward = indexer.forward, _indexing(indexer, base.config)
         _register()
@@ -121,8 +123,9 @@ class PackedModel:
         """While in it, the model's attention is this one's."""
         config = self._base.config
         before = config._attn_implementation
-        for module, ours in zip(self._modules, self._attentions, strict=True):
-            module.tpfuse_attention = ours
+        if getattr(self._modules[0], "tpfuse_attention", None) is not self._attentions[0]:
+            for module, ours in zip(self._modules, self._attentions, strict=True):
+                module.tpfuse_attention = ours
         config._attn_implementation = NAME
         try:
             yield
@@ -138,6 +141,10 @@ class PiecewiseModel(PackedModel):
         super().__init__(model, slots=slots, length=length, backend=self.backend)
         if self._comm is not None:
             self._comm.prepare()
+
+    def step(self, tokens: Mapping[int, Tensor]) -> Tensor:
+        with any_size():  # a first step of one token, or one slot, must not become a graph of its own
+            return super().step(tokens)
 
     def capture(self) -> None:
         """Capture all sizes. Collective; all slots must be free, and are afterwards."""
@@ -189,24 +196,28 @@ def _base_of(model: Any, divided: bool) -> Any:
     return found[0]
 
 
-def _check(model: Any, base: Any, piecewise: bool) -> None:
-    """Raise Unsupported for what packed batches, and graphs, can't be made of."""
-    config, name = base.config, type(model).__name__
+def check_layers(config: Any, name: str) -> None:
+    """Raise Unsupported for layers that packed batches can't run through."""
     kinds = set(getattr(config, "layer_types", None) or ()) - set(LAYERS)
-    without = [at for at, layer in enumerate(base.layers) if not hasattr(layer, "self_attn")]
-    if kinds or without or getattr(config, "sliding_window", None):
-        why = ", ".join(sorted(kinds)) or ("a sliding window" if not without else "layers without attention")
-        raise Unsupported(f"piecewise: {name} has {why}; supported: {', '.join(LAYERS)} in every layer.")
+    kinds |= {"a sliding window"} if getattr(config, "sliding_window", None) else set()
+    if kinds:
+        raise Unsupported(
+            f"piecewise: {name} has layers of {', '.join(sorted(kinds))}; supported: {' and '.join(LAYERS)}."
+        )
+
+
+def _check_experts(base: Any) -> None:
+    """Raise Unsupported for an implementation of experts that a graph can't hold. What transformers takes in the place
+    of grouped_mm where torch.compile traces another dtype than bfloat16 reads the counts on the host."""
     experts = next((module for module in base.modules() if hasattr(module, "has_gate")), None)
-    if experts is None or not piecewise:
+    if experts is None:
         return
-    chosen, weight = config._experts_implementation, next(experts.parameters())
-    # what transformers takes instead, where torch.compile traces grouped_mm of other dtypes, reads counts on the host
+    chosen, weight = base.config._experts_implementation, next(experts.parameters())
     unfit = chosen == "grouped_mm" and weight.device.type == "cuda" and weight.dtype != torch.bfloat16
     if chosen not in EXPERTS or unfit:
         raise Unsupported(
-            f"piecewise: {name} has experts_implementation={chosen!r} in {weight.dtype}, which decides on the host; "
-            "needed: 'grouped_mm' in bfloat16, or 'batched_mm' (which copies a token's experts for it: for tests)."
+            f"piecewise: experts_implementation={chosen!r} in {weight.dtype} decides on the host; needed: 'grouped_mm' "
+            "in bfloat16, or 'batched_mm', which copies the experts of each token, so it is for few."
         )
 
 
@@ -218,9 +229,11 @@ def _head(module: Any) -> Callable[[Tensor], Tensor]:
         return module  # type: ignore[no-any-return]
     assert weight.placements == (Shard(0),), weight.placements
     local, group = weight.to_local(), weight.device_mesh.get_group()
+    world, name, ops = group.size(), group.group_name, torch.ops._c10d_functional  # under the compiler and without it
 
     def logits(rows: Tensor) -> Tensor:
-        return wait_tensor(all_gather_tensor(linear(rows, local), gather_dim=1, group=group))
+        parts = ops.wait_tensor(ops.all_gather_into_tensor(linear(rows, local), world, name))
+        return torch.cat(parts.chunk(world), 1)
 
     return logits
 
