@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.graphs import Attention, Cleared, GraphReport, Piecewise, attention
@@ -78,8 +78,11 @@ class PackedModel:
                 indexer.tpfuse_stock, indexer.forward = indexer.forward, _indexing(indexer, base.config)
         _register()
 
+        embed = _embedding(base.embed_tokens)
+
         def hidden(ids: Tensor, positions: Tensor) -> Tensor:
-            return base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+            output = base(inputs_embeds=embed(ids), position_ids=positions, use_cache=False)
+            return output.last_hidden_state  # type: ignore[no-any-return]
 
         logits = _head(model.get_output_embeddings())
         self._hidden: Callable[..., Tensor] = hidden
@@ -221,21 +224,48 @@ def _check_experts(base: Any) -> None:
         )
 
 
-def _head(module: Any) -> Callable[[Tensor], Tensor]:
-    """The lm_head, in the stock plan's division: each rank some of the vocabulary, gathered. Its own forward wraps
-    tensors into DTensors, which have no address that a graph could hold."""
+def _embedding(module: Any) -> Callable[[Tensor], Tensor]:
+    """The embedding; where the stock plan divides it, each rank looks up what it has of the vocabulary, and all are
+    added. As for the head: the module's own forward wraps tensors into DTensors, which have no address."""
     weight = module.weight
     if not isinstance(weight, DTensor):
         return module  # type: ignore[no-any-return]
-    assert weight.placements == (Shard(0),), weight.placements
-    local, group = weight.to_local(), weight.device_mesh.get_group()
-    world, name, ops = group.size(), group.group_name, torch.ops._c10d_functional  # under the compiler and without it
+    local, group = _part(weight, "embedding")
+    first, name, ops = group.rank() * len(local), group.group_name, torch.ops._c10d_functional
+
+    def embed(ids: Tensor) -> Tensor:
+        row = ids - first
+        foreign = (row < 0) | (row >= len(local))
+        found = embedding(row.masked_fill(foreign, 0), local).masked_fill(foreign.unsqueeze(-1), 0)
+        return ops.wait_tensor(ops.all_reduce(found, "sum", name))  # type: ignore[no-any-return]
+
+    return embed
+
+
+def _head(module: Any) -> Callable[[Tensor], Tensor]:
+    """The lm_head; where the stock plan divides it, each rank computes some of the vocabulary, and all are gathered."""
+    weight = module.weight
+    if not isinstance(weight, DTensor):
+        return module  # type: ignore[no-any-return]
+    local, group = _part(weight, "lm_head")
+    world, name, ops = group.size(), group.group_name, torch.ops._c10d_functional
 
     def logits(rows: Tensor) -> Tensor:
         parts = ops.wait_tensor(ops.all_gather_into_tensor(linear(rows, local), world, name))
         return torch.cat(parts.chunk(world), 1)
 
     return logits
+
+
+def _part(weight: DTensor, what: str) -> tuple[Tensor, Any]:
+    """This rank's rows of a weight that is divided over the vocabulary, and the ranks."""
+    group = weight.device_mesh.get_group()
+    if weight.placements != (Shard(0),) or len(weight) % group.size():
+        raise Unsupported(
+            f"piecewise: {what} {list(weight.shape)} is divided as {weight.placements} over {group.size()} ranks; "
+            "supported: the vocabulary in equal parts."
+        )
+    return weight.to_local(), group
 
 
 def _core(cache: KVCache, layer: int, scale: float) -> Any:
