@@ -186,6 +186,9 @@ def bench_model(
     chunks: Annotated[
         str, typer.Option(help="With piecewise: time prefill chunks of so many tokens, e.g. 64,128,256,512.")
     ] = "",
+    compiler: Annotated[
+        str, typer.Option(help="With piecewise: inductor.", show_default="pieces run as they were traced")
+    ] = "",
     experts: Annotated[str, typer.Option(help="transformers' implementation of the experts.", show_default="its")] = "",
     profile: Annotated[
         Path | None, typer.Option(help="Write where the time of a decode step goes to this file, a JSON line a kernel.")
@@ -213,7 +216,9 @@ def bench_model(
             _check_writable(path)
     kept = "" if profile is None else str(profile.absolute())
     sizes = parse_tokens(chunks) if chunks else ()
-    workload = session.Workload(parse_tokens(concurrency), input_len, output_len, graphs, sizes, experts, kept)
+    workload = session.Workload(
+        parse_tokens(concurrency), input_len, output_len, graphs, sizes, compiler, experts, kept
+    )
     asked = None if modes is None else [mode.strip() for mode in modes.split(",")]
     with _progress(f"bench {preset}") as progress:
         records = model.run(

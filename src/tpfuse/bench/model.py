@@ -184,7 +184,8 @@ def _blank(
         preset=preset.name, impl="", requested_mode="", effective_mode="", reason="", layers=layers or preset.layers,
         world=world, concurrency=0, input_len=workload.input_len, output_len=workload.output_len,
         dtype=short(preset.dtype), requested_graphs=workload.graphs,
-        graphs=workload.graphs if device.type == "cuda" else "none", experts=workload.experts, captured=[], chunk_s={},
+        compiler=workload.compiler, graphs=workload.graphs if device.type == "cuda" else "none",
+        experts=workload.experts, captured=[], chunk_s={},
         ttft_s=None, tpot_s=None, total_tok_s=None, output_tok_s=None, tok_s_per_gpu=None, memory_gib=None,
         collectives_per_layer=None, ok=False, error="", **describe(device)._asdict(),
     )  # fmt: skip

@@ -40,6 +40,7 @@ class ModelRecord:
     dtype: str
     requested_graphs: str  # none, full (decode steps in one CUDA graph each) or piecewise (prompt and decode in pieces)
     graphs: str  # which there were: on a CPU none
+    compiler: str  # with piecewise: inductor, or empty, where pieces ran as they were traced
     experts: str  # transformers' implementation of the experts; empty for its default
     captured: list[dict[str, Any]]  # for each captured number of tokens: tokens, graphs, seconds, bytes of their pool
     chunk_s: dict[str, dict[str, float]]  # time of a prefill chunk: eager, compiled, piecewise, then by tokens
@@ -84,6 +85,7 @@ def report(records: Sequence[ModelRecord]) -> RenderableType:
     first = records[0]
     graphs = f"CUDA graphs {first.graphs}"
     graphs += "" if first.graphs == first.requested_graphs else f" ({first.requested_graphs} requested)"
+    graphs += f", pieces by {first.compiler}" if first.compiler else ""
     shape = f"{first.layers} layers, {first.input_len} in, {first.output_len} out, {first.dtype}, {graphs}"
     parts: list[RenderableType] = [
         escape(f"{first.world} ranks on {first.gpu}, commit {short_commit(first.commit)}"),

@@ -23,6 +23,7 @@ from tpfuse.integrations.transformers.packed import PackedModel, piecewise
 
 SPARE = 8  # positions of the cache beyond the workload: for the steps before the timed runs
 GRAPHS = ("none", "full", "piecewise")
+COMPILERS = ("", "inductor")  # empty: pieces run as torch.compile traced them
 SIZES = (64, 128, 256, 512)  # numbers of tokens that piecewise captures, beside that of a decode step
 CHUNK_RUNS = 20
 
@@ -46,6 +47,7 @@ class Workload:
     output_len: int = 256
     graphs: str = "full"  # of GRAPHS: eager, decode steps in one CUDA graph each, or prompt and decode in pieces
     chunks: tuple[int, ...] = ()  # with piecewise: time single prefill chunks of so many tokens
+    compiler: str = ""  # of COMPILERS: what makes code of the pieces, and of the compiled chunks beside them
     experts: str = ""  # transformers' implementation of the experts; empty: its default
     profile: str = ""  # a file to which rank 0 appends where the time of a decode step goes, a JSON line a kernel
 
@@ -57,6 +59,10 @@ class Workload:
             )
         if self.graphs not in GRAPHS:
             raise InvalidArgument(f"bench model: graphs={self.graphs!r}; supported: {', '.join(GRAPHS)}.")
+        if self.compiler not in COMPILERS or (self.compiler and self.graphs != "piecewise"):
+            raise InvalidArgument(
+                f"bench model: compiler={self.compiler!r}, graphs={self.graphs!r}; with piecewise: 'inductor'."
+            )
         fits = all(2 <= chunk <= self.input_len for chunk in self.chunks)
         if self.chunks and (self.graphs != "piecewise" or not fits):
             raise InvalidArgument(
@@ -194,7 +200,7 @@ class PackedSession(Session):
         super().__init__(model, batch, workload, device)
         torch._dynamo.reset()  # what was compiled for the session before
         sizes = sorted(size for size in {batch, *SIZES, *workload.chunks} if size <= batch * self.length)
-        self.packed = piecewise(model, sizes, slots=batch, length=self.length)
+        self.packed = piecewise(model, sizes, slots=batch, length=self.length, compiler=_compiler(workload.compiler))
         self.packed.capture()
         self.captured = tuple(
             Captured(size.size, size.graphs, size.seconds, size.bytes)
@@ -217,11 +223,12 @@ class PackedSession(Session):
         return served(applied) - before
 
     def chunk_seconds(self) -> dict[str, dict[str, float]]:
-        """By how it runs and by tokens, the time of one prefill chunk, the last of a prompt: eagerly, compiled without
-        graphs (what torch.compile traced, run as it is, the same that is captured), and in piecewise graphs."""
+        """By how it runs and by tokens, the time of one prefill chunk, the last of a prompt: eagerly, through
+        torch.compile without graphs (the same trace and compiler as the pieces'), and in piecewise graphs."""
+        compiled = self.workload.compiler or "eager"  # torch's name for a backend that runs what was traced
         ways: dict[str, Callable[[], PackedModel]] = {
             "eager": lambda: PackedModel(self.model, slots=1, length=self.length),
-            "compiled": lambda: PackedModel(self.model, slots=1, length=self.length, backend="eager"),
+            "compiled": lambda: PackedModel(self.model, slots=1, length=self.length, backend=compiled),
             "piecewise": lambda: self.packed,
         }
         return {
@@ -251,6 +258,14 @@ class PackedSession(Session):
             self._wait()
             seconds.append(time.perf_counter() - began)
         return slowest([median(seconds[3:])], self.device)[0]
+
+
+def _compiler(name: str) -> Any:
+    if not name:
+        return None
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx
 
 
 class CountCollectives(TorchDispatchMode):
