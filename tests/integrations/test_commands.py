@@ -113,7 +113,20 @@ def test_bench_model_writes_what_it_prints(tmp_path):
 
 def test_bench_model_in_pieces(tmp_path):
     preset = "tiny-minimax-m3"
-    arguments = ("--graphs", "piecewise", "--chunks", "8,16", "--concurrency", "1,2", "--in", 16, "--out", 4)
+    arguments = (
+        "--layers",
+        2,
+        "--graphs",
+        "piecewise",
+        "--chunks",
+        "8,16",
+        "--concurrency",
+        "1,2",
+        "--in",
+        16,
+        "--out",
+        4,
+    )
     done = tpfuse(
         "bench", "model", "--preset", preset, "--tp", 2, "--modes", "fused", *arguments, "--results", tmp_path
     )
