@@ -1,0 +1,80 @@
+"""Functions that models without compile passes call by themselves: MiniMax-M3's all-reduce + norm.
+
+They are replaced in their module, and in modules that imported them by name before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpfuse.backends.cuda.all_reduce import why_not
+from tpfuse.integrations.vllm import state
+
+WHAT = "all-reduce + norm as a function"
+PARAMETERS = ("hidden_states", "residual", "norm")
+LAYERS = "vllm.model_executor.layers"
+# module, function, what the norm adds to its gamma; the second came after vLLM 0.24
+FUNCTIONS = (
+    (f"{LAYERS}.fused_allreduce_gemma_rms_norm", "fused_allreduce_gemma_rms_norm", 1.0),
+    (f"{LAYERS}.fused_allreduce_gemma_rms_norm", "fused_allreduce_rms_norm", 0.0),
+    (f"{LAYERS}.fused_allreduce_rms_norm", "fused_allreduce_rms_norm", 0.0),
+)
+
+Boundary = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+
+
+def install() -> None:
+    """Replace what there is of these. Raises LookupError where one takes other arguments."""
+    import tpfuse.integrations.vllm.operators  # noqa: F401  registers torch.ops.tpfuse_vllm
+
+    for path, name, weight_bias in FUNCTIONS:
+        try:
+            home = import_module(path)
+        except ImportError:
+            continue
+        stock = getattr(home, name, None)
+        if stock is None or hasattr(stock, "tpfuse_stock"):
+            continue
+        if tuple(signature(stock).parameters) != PARAMETERS:
+            raise LookupError(f"{name} takes {tuple(signature(stock).parameters)}; known: {PARAMETERS}")
+        rebind(name, stock, boundary_for(stock, weight_bias))
+
+
+def rebind(name: str, stock: Boundary, ours: Boundary) -> None:
+    """Put `ours` wherever a module of vLLM has `stock` under its name."""
+    for path, module in list(sys.modules.items()):
+        if path.startswith("vllm.") and getattr(module, name, None) is stock:
+            setattr(module, name, ours)
+
+
+def boundary_for(stock: Boundary, weight_bias: float) -> Boundary:
+    """The function that serves what it can, and calls through to vLLM's own for the rest."""
+
+    def boundary(hidden_states: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+        engaged = state.current
+        if engaged is None or not serves(engaged, hidden_states, residual, norm):
+            if engaged is not None:
+                engaged.stock[state.BOUNDARY].add(norm.weight.data_ptr())
+            return stock(hidden_states, residual, norm)
+        y: tuple[Tensor, Tensor] = torch.ops.tpfuse_vllm.all_reduce_add_rms_norm(
+            hidden_states, residual, norm.weight, norm.variance_epsilon, weight_bias
+        )
+        return y
+
+    boundary.tpfuse_stock = stock  # type: ignore[attr-defined]
+    return boundary
+
+
+def serves(engaged: state.Engaged, x: Tensor, residual: Tensor, norm: Any) -> bool:
+    comm = engaged.comm
+    if comm is None or engaged.effective != "fused" or not hasattr(norm, "variance_epsilon"):
+        return False
+    width = x.shape[-1]
+    return x.shape == residual.shape and x.dtype == residual.dtype and width <= comm.max_hidden and not why_not(width)

@@ -1,0 +1,209 @@
+"""Rewriting FX graphs: an all-reduce and the norm behind it become one operator. Independent of vLLM: the operators to
+look for are arguments.
+
+What is recognised, with `sum = all_reduce(x)`, behind views that keep the rows or not:
+- `fused_add_rms_norm(sum, residual, gamma)`, where nothing else wants the sum;
+- `rms_norm(sum, gamma)`, where others may want the sum: the first norm of a model, whose residual it is;
+- both with Gemma's gamma, `w.float() + 1`, which then stays the w that it is.
+
+It walks nodes instead of matching patterns: a pattern has to spell out eps, dtypes and who else uses what, so it misses
+in silence. Here each all-reduce is either replaced or kept with a reason.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.pattern_matcher import stable_topological_sort
+
+from tpfuse.backends.cuda.all_reduce import why_not
+from tpfuse.checks import DTYPES
+
+aten, prims = torch.ops.aten, torch.ops.prims
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+CASTS = (prims.convert_element_type.default, aten._to_copy.default)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What to look for. group: the name that all-reduces of the TP group carry."""
+
+    all_reduce: Any  # (tensor, group_name)
+    group: str
+    rms_norm: Any  # (x, weight, epsilon, variance_size)
+    add_rms_norm: Any  # (x, x_residual, weight, epsilon, variance_size)
+    max_hidden: int
+
+
+@dataclass
+class Findings:
+    """What became of the all-reduces of a graph: how many were fused, and why the others were not."""
+
+    fused: int = 0
+    left: list[str] = field(default_factory=list)
+
+
+class _Unfit(Exception):
+    """Why an all-reduce stays."""
+
+
+@dataclass
+class _Site:
+    """An all-reduce with its norm. end: the all-reduce, or the last view of it."""
+
+    x: fx.Node
+    views: list[fx.Node]
+    end: fx.Node
+    norm: fx.Node
+    residual: fx.Node | None
+    weight: fx.Node
+    weight_bias: float
+    eps: float
+
+
+def fuse(
+    graph: fx.Graph, targets: Targets, *, keep: Callable[[fx.Node], str] = lambda norm: "", rewrite: bool = True
+) -> Findings:
+    """Fuse what can be fused. keep: says of a norm why it must stay as it is. rewrite=False: only look."""
+    import tpfuse.integrations.vllm.operators  # noqa: F401  registers torch.ops.tpfuse_vllm
+
+    findings = Findings()
+    for node in list(graph.nodes):
+        if not _calls(node, targets.all_reduce) or arguments(node)["group_name"] != targets.group:
+            continue
+        try:
+            site = _find(node, targets)
+            if reason := keep(site.norm):
+                raise _Unfit(reason)
+        except _Unfit as reason:
+            findings.left.append(f"{origin(node)}: {reason}")
+            continue
+        if rewrite:
+            _rewrite(graph, site)
+        findings.fused += 1
+    if findings.fused and rewrite:
+        graph.eliminate_dead_code()
+        stable_topological_sort(graph)  # users of a sum may stand before the norm
+    return findings
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call of an operator, by name; those that are not given are None."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return dict.fromkeys(names) | dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+def origin(node: fx.Node) -> str:
+    """The module that a node comes from, or the node's name."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else node.name
+
+
+def _find(node: fx.Node, targets: Targets) -> _Site:
+    """The norm behind an all-reduce. Raises _Unfit."""
+    x, views, end = arguments(node)["tensor"], [], node
+    while len(end.users) == 1 and _keeps_width(view := next(iter(end.users)), end):
+        views.append(view)
+        end = view
+    norms = [user for user in end.users if _calls(user, targets.rms_norm) and arguments(user)["x"] is end]
+    adds = [user for user in end.users if _calls(user, targets.add_rms_norm) and arguments(user)["x"] is end]
+    if adds and len(end.users) > 1:
+        raise _Unfit("the sum itself is used beside the norm that adds a residual")
+    if not adds and not norms:
+        raise _Unfit(f"no norm behind it but {', '.join(sorted({_label(user) for user in end.users})) or 'nothing'}")
+    norm = (adds or norms)[0]
+    given = arguments(norm)
+    if given["variance_size"] is not None:
+        raise _Unfit("a norm over a part of the row")
+    if given["weight"] is None:
+        raise _Unfit("a norm without gamma")
+    weight, weight_bias = _gamma(given["weight"])
+    site = _Site(x, views, end, norm, given.get("x_residual"), weight, weight_bias, given["epsilon"])
+    _check(site, targets)
+    return site
+
+
+def _check(site: _Site, targets: Targets) -> None:
+    """Raises _Unfit unless the kernels take these tensors."""
+    x, weight = _value(site.x), _value(site.weight)
+    width = x.shape[-1]
+    if x.dtype not in DTYPES or weight.dtype not in DTYPES:
+        raise _Unfit(f"x is {x.dtype}, gamma {weight.dtype}")
+    if not isinstance(width, int) or width > targets.max_hidden or (reason := why_not(width)):
+        raise _Unfit(
+            f"rows of {width} elements" if not isinstance(width, int) or width > targets.max_hidden else reason
+        )
+    if list(weight.shape) != [width]:
+        raise _Unfit(f"gamma is {list(weight.shape)}, rows have {width} elements")
+    if x.stride(-1) != 1:
+        raise _Unfit("elements of a row are not contiguous")
+    if site.residual is not None:
+        residual = _value(site.residual)
+        if residual.dtype != x.dtype:
+            raise _Unfit(f"the residual is {residual.dtype}, the sum {x.dtype}")
+        if len(residual.shape) != len(_value(site.end).shape) or residual.shape[-1] != width:
+            raise _Unfit(f"the residual is {list(residual.shape)}, the sum {list(_value(site.end).shape)}")
+
+
+def _rewrite(graph: fx.Graph, site: _Site) -> None:
+    ops, norm, end = torch.ops.tpfuse_vllm, site.norm, site.end
+    with graph.inserting_before(norm):
+        x = site.x
+        for view in site.views:
+            x = _insert(graph, aten.reshape.default, (x, *view.args[1:]), view, _value(view))
+        rest = (site.weight, site.eps, site.weight_bias)
+        if site.residual is not None:
+            target, call = ops.all_reduce_add_rms_norm.default, (x, site.residual, *rest)
+            norm.replace_all_uses_with(_insert(graph, target, call, norm, _value(norm)))
+        elif len(end.users) == 1:
+            target = ops.all_reduce_rms_norm.default
+            norm.replace_all_uses_with(_insert(graph, target, (x, *rest), norm, _value(norm)))
+        else:
+            values = (_value(norm), _value(end))
+            new = _insert(graph, ops.all_reduce_sum_rms_norm.default, (x, *rest), norm, values)
+            normed, total = (_insert(graph, operator.getitem, (new, i), norm, value) for i, value in enumerate(values))
+            norm.replace_all_uses_with(normed)
+            end.replace_all_uses_with(total, delete_user_cb=lambda user: user is not norm)
+    graph.erase_node(norm)
+
+
+def _insert(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, value: Any) -> fx.Node:
+    """A new node in the place of `like`. Of its meta only what is true of the new node, too."""
+    node = graph.call_function(target, args)
+    node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
+    node.meta["val"] = value
+    return node
+
+
+def _gamma(weight: fx.Node) -> tuple[fx.Node, float]:
+    """`(w, 1.0)` of Gemma's `w.float() + 1`; else the gamma as it is, and 0. Only sums in fp32: kernels add there."""
+    if not _calls(weight, aten.add.Tensor) or weight.kwargs or weight.args[1] != 1:
+        return weight, 0.0
+    inner = weight.args[0]
+    if not isinstance(inner, fx.Node) or _value(weight).dtype != torch.float32:
+        return weight, 0.0
+    if inner.target in CASTS and isinstance(inner.args[0], fx.Node):
+        inner = inner.args[0]
+    return inner, 1.0
+
+
+def _keeps_width(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node is a view that only rearranges rows."""
+    return node.target in VIEWS and _value(node).shape[-1] == _value(source).shape[-1]
+
+
+def _calls(node: fx.Node, target: Any) -> bool:
+    return node.op == "call_function" and node.target == target
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
+def _label(node: fx.Node) -> str:
+    return "the end of the graph" if node.op == "output" else str(node.target)

@@ -1,0 +1,131 @@
+"""`torch.ops.tpfuse_vllm.*`: what compiled graphs of vLLM call.
+
+They name no communicator: a worker has one TP group at a time, as vLLM's own `get_tp_group()` has it. So a graph that
+is stored on disk finds the Communicator of whatever process loads it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpfuse.integrations.vllm.state import BOUNDARY, QK_NORM, communicator
+from tpfuse.quant import FORMATS
+from tpfuse.rope import Rope
+
+_LIBRARY = torch.library.Library("tpfuse_vllm", "DEF")  # lives as long as the process
+
+
+def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, weight_bias: float) -> Tensor:
+    norm = communicator(BOUNDARY, weight).all_reduce_rms_norm(x, weight, eps=eps, weight_bias=weight_bias).norm
+    assert norm is not None
+    return norm
+
+
+def all_reduce_sum_rms_norm(x: Tensor, weight: Tensor, eps: float, weight_bias: float) -> tuple[Tensor, Tensor]:
+    """The norm, and the sum itself: what is added to a residual of zeros."""
+    return all_reduce_add_rms_norm(x, torch.zeros_like(x), weight, eps, weight_bias)
+
+
+def all_reduce_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float
+) -> tuple[Tensor, Tensor]:
+    comm = communicator(BOUNDARY, weight)
+    y = comm.all_reduce_rms_norm(x, weight, residual=residual, eps=eps, weight_bias=weight_bias)
+    assert y.norm is not None
+    assert y.residual is not None
+    return y.norm, y.residual
+
+
+def all_reduce_add_rms_norm_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, given: Tensor | None, eps: float, weight_bias: float, quant: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantised norm, its scale, new residual. quant: a key of FORMATS whose scale is not given, or fp8_static, whose
+    scale comes back as a copy would: empty."""
+    comm = communicator(BOUNDARY, weight)
+    y = comm.all_reduce_rms_norm(
+        x, weight, residual=residual, eps=eps, weight_bias=weight_bias, quant=FORMATS[quant](given)
+    )
+    assert y.quant is not None
+    assert y.scale is not None
+    assert y.residual is not None
+    return y.quant, y.scale if given is None else y.scale.new_empty(0), y.residual
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    q_size: int,
+    kv_size: int,
+    head_dim: int,
+    interleaved: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    q, k = qkv[:, :q_size], qkv[:, q_size : q_size + kv_size]
+    rope = Rope(cos, sin, positions, head_dim, 2 * cos.shape[1], interleaved)
+    return communicator(QK_NORM, q_weight).qk_rms_norm(q, k, q_weight, k_weight, eps=eps, rope=rope)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _fake_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, given: Tensor | None, eps: float, weight_bias: float, quant: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    quantised, scale = FORMATS[quant](given).empty(x)
+    return quantised, scale if given is None else scale.new_empty(0), _like(residual)
+
+
+def _fake_qk(
+    qkv: Tensor,
+    _qw: Tensor,
+    _kw: Tensor,
+    _cos: Tensor,
+    _sin: Tensor,
+    _at: Tensor,
+    q_size: int,
+    kv_size: int,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty((qkv.shape[0], q_size)), qkv.new_empty((qkv.shape[0], kv_size))
+
+
+_NORM = "float eps, float weight_bias"
+# schema, implementation, shapes of the results
+_OPERATORS = (
+    (f"all_reduce_rms_norm(Tensor x, Tensor weight, {_NORM}) -> Tensor", all_reduce_rms_norm, lambda x, *_: _like(x)),
+    (
+        f"all_reduce_sum_rms_norm(Tensor x, Tensor weight, {_NORM}) -> (Tensor, Tensor)",
+        all_reduce_sum_rms_norm,
+        lambda x, *_: (_like(x), _like(x)),
+    ),
+    (
+        f"all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, {_NORM}) -> (Tensor, Tensor)",
+        all_reduce_add_rms_norm,
+        lambda x, residual, *_: (_like(x), _like(residual)),
+    ),
+    (
+        f"all_reduce_add_rms_norm_quant(Tensor x, Tensor residual, Tensor weight, Tensor? given, {_NORM}, str quant) "
+        "-> (Tensor, Tensor, Tensor)",
+        all_reduce_add_rms_norm_quant,
+        _fake_quant,
+    ),
+    (
+        "qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor positions, "
+        "int q_size, int kv_size, int head_dim, bool interleaved, float eps) -> (Tensor, Tensor)",
+        qk_norm_rope,
+        _fake_qk,
+    ),
+)
+
+for _schema, _implementation, _fake in _OPERATORS:
+    _name = _schema.partition("(")[0]
+    # Fixed stride order: the graph's strides are those that the kernels get, so Inductor has nothing to copy.
+    _LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tpfuse_vllm::{_name}", _fake, lib=_LIBRARY)

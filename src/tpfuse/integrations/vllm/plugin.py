@@ -1,0 +1,140 @@
+"""The entry point: what happens in a process of vLLM, and when.
+
+Design record
+- register() runs in every process: front end, engine core, workers. It only replaces two functions of
+  vllm.distributed.parallel_state and one of vllm.envs; all else is done in a worker, once that has its TP group.
+- `initialize_model_parallel` is that moment. Every rank passes it at the same time, the device is set, nothing is
+  measured or captured yet (so the workspace counts as memory that vLLM can't have), no pool of sleep mode is active,
+  and the model is not yet imported by most.
+- vLLM keys compiled graphs by configuration and by `envs.compile_factors()`, not by its passes alone: with the AOT
+  cache a pass never runs. So our mode and sources become a factor there. Where that can't be done, tpfuse stays out.
+- Whatever raises here is logged once, and vLLM goes on with its own path. What is decided from facts that differ
+  between ranks is decided inside of Communicator(), which all ranks leave with the same answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from tpfuse.integrations.vllm import settings
+from tpfuse.integrations.vllm.settings import LOG, NAME
+
+FEATURES = ("passes", "qk_norm", "functions")  # modules beside this one, each with an install()
+
+
+def register() -> None:
+    """Make vLLM use tpfuse in this process, as TPFUSE_VLLM says. Never raises; calling it twice is fine."""
+    try:
+        mode = settings.requested()
+        if mode == "off":
+            return
+        _hook(mode)
+    except Exception as error:
+        LOG.error("tpfuse stays out: %s", error)
+
+
+def _hook(mode: str) -> None:
+    """Raises where vLLM does not have what is replaced."""
+    import vllm.envs as envs
+    from vllm.distributed import parallel_state
+
+    for owner, name in (
+        (envs, "compile_factors"),
+        (parallel_state, "initialize_model_parallel"),
+        (parallel_state, "destroy_model_parallel"),
+        (parallel_state, "get_tp_group"),
+    ):
+        if not callable(getattr(owner, name, None)):
+            raise LookupError(f"{owner.__name__}.{name} is not there, so tpfuse does not know this version of vLLM")
+
+    def factors(stock: Callable[..., Any]) -> dict[str, Any]:
+        return {**stock(), NAME: settings.fingerprint(_effective())}
+
+    def initialize(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = stock(*args, **kwargs)
+        _guarded("the start of this worker", lambda: _engage(mode, parallel_state))
+        return result
+
+    def destroy(stock: Callable[..., Any]) -> Any:
+        _guarded("the end of this worker", _disengage)
+        return stock()
+
+    replace(envs, "compile_factors", factors)
+    replace(parallel_state, "initialize_model_parallel", initialize)
+    replace(parallel_state, "destroy_model_parallel", destroy)
+
+
+def replace(owner: Any, name: str, ours: Callable[..., Any]) -> None:
+    """Put `ours(stock, ...)` in the place of a function of vLLM, once a process."""
+    stock = getattr(owner, name)
+    if hasattr(stock, "tpfuse_stock"):
+        return
+
+    @wraps(stock)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return ours(stock, *args, **kwargs)
+
+    replacement.tpfuse_stock = stock  # type: ignore[attr-defined]
+    setattr(owner, name, replacement)
+
+
+def _engage(mode: str, parallel_state: Any) -> None:
+    """Make this worker's Communicator and put everything in its place. Collective over the TP group."""
+    from importlib import import_module
+
+    from tpfuse.integrations.vllm import state
+
+    group = parallel_state.get_tp_group()
+    if group.world_size == 1:
+        return
+    engaged = state.engage(mode, group)
+    if engaged.effective == "off":
+        LOG.warning("%s", engaged)
+        return
+    for feature in FEATURES:
+        module = import_module(f"tpfuse.integrations.vllm.{feature}")
+        _guarded(module.WHAT, module.install)
+    _guarded("the report after warm-up", _report_after_warm_up)
+    LOG.info("%s", engaged)
+
+
+def _disengage() -> None:
+    from tpfuse.integrations.vllm import state
+
+    state.disengage()
+
+
+def _effective() -> str:
+    from tpfuse.integrations.vllm import state
+
+    return "off" if state.current is None else state.current.effective
+
+
+def _report_after_warm_up() -> None:
+    """Log what is served once a worker has compiled, warmed up and captured."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    def warm_up(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        from tpfuse.integrations.vllm import state
+
+        result = stock(*args, **kwargs)
+        if state.current is not None:
+            LOG.info("%s", state.current.summary())
+        return result
+
+    replace(Worker, "compile_or_warm_up_model", warm_up)
+
+
+def _guarded(what: str, step: Callable[[], None]) -> None:
+    """Run a step; where it fails, vLLM's own path is left as it is."""
+    try:
+        step()
+    except Exception as error:
+        LOG.warning("%s: left to vLLM: %s: %s", what, type(error).__name__, error, exc_info=_debugging())
+
+
+def _debugging() -> bool:
+    return LOG.isEnabledFor(logging.DEBUG)

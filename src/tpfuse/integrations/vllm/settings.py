@@ -1,0 +1,33 @@
+"""The one setting, the logger, and the key that compiled graphs are stored under. Needs neither torch nor vLLM."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from functools import cache
+from pathlib import Path
+
+from tpfuse import __version__
+from tpfuse.errors import InvalidArgument
+
+NAME = "TPFUSE_VLLM"
+MODES = ("off", "control", "fused")
+LOG = logging.getLogger("vllm.tpfuse")  # vLLM configures the handlers of everything below "vllm"
+
+
+def requested() -> str:
+    """The mode that was asked for. Raises InvalidArgument."""
+    mode = os.environ.get(NAME, "fused")
+    if mode not in MODES:
+        raise InvalidArgument(f"{NAME}={mode}; supported: {', '.join(MODES)}.")
+    return mode
+
+
+@cache
+def fingerprint(mode: str) -> str:
+    """What decides how graphs are rewritten: another mode, version or source must not find graphs stored by this."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sources.update(path.read_bytes())
+    return f"{mode} {__version__} {sources.hexdigest()[:16]}"
