@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tpfuse.backends.cuda.all_reduce import why_not
-from tpfuse.integrations.vllm import state
+from tpfuse.integrations.vllm import operators, state  # noqa: F401  operators: registers torch.ops.tpfuse_vllm
 
 WHAT = "all-reduce + norm as a function"
 PARAMETERS = ("hidden_states", "residual", "norm")
@@ -32,8 +32,6 @@ Boundary = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
 
 def install() -> None:
     """Replace what there is of these. Raises LookupError where one takes other arguments."""
-    import tpfuse.integrations.vllm.operators  # noqa: F401  registers torch.ops.tpfuse_vllm
-
     for path, name, weight_bias in FUNCTIONS:
         try:
             home = import_module(path)

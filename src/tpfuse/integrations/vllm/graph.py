@@ -23,6 +23,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 
 from tpfuse.backends.cuda.all_reduce import why_not
 from tpfuse.checks import DTYPES
+from tpfuse.integrations.vllm import operators  # noqa: F401  registers torch.ops.tpfuse_vllm
 
 aten, prims = torch.ops.aten, torch.ops.prims
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -70,8 +71,6 @@ def fuse(
     graph: fx.Graph, targets: Targets, *, keep: Callable[[fx.Node], str] = lambda norm: "", rewrite: bool = True
 ) -> Findings:
     """Fuse what can be fused. keep: says of a norm why it must stay as it is. rewrite=False: only look."""
-    import tpfuse.integrations.vllm.operators  # noqa: F401  registers torch.ops.tpfuse_vllm
-
     findings = Findings()
     for node in list(graph.nodes):
         if not _calls(node, targets.all_reduce) or arguments(node)["group_name"] != targets.group:

@@ -85,12 +85,16 @@ def _engage(mode: str, parallel_state: Any) -> None:
     """Make this worker's Communicator and put everything in its place. Collective over the TP group."""
     from importlib import import_module
 
+    from vllm.config import get_current_vllm_config
+
     from tpfuse.integrations.vllm import state
 
     group = parallel_state.get_tp_group()
     if group.world_size == 1:
         return
-    engaged = state.engage(mode, group)
+    # Micro-batches of one worker run side by side on two streams, and would meet in one workspace.
+    micro = get_current_vllm_config().parallel_config.use_ubatching
+    engaged = state.engage(mode, group, "micro-batching (DBO) is on" if micro else "")
     if engaged.effective == "off":
         LOG.warning("%s", engaged)
         return

@@ -6,6 +6,7 @@ number of tokens and any shape. The forward is replaced only if it calls what it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from inspect import signature
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tpfuse.backends.cuda.sharded_norm import why_not
 from tpfuse.checks import DTYPES
-from tpfuse.integrations.vllm import state
+from tpfuse.integrations.vllm import operators, state  # noqa: F401  operators: registers torch.ops.tpfuse_vllm
 from tpfuse.integrations.vllm.plugin import replace
 from tpfuse.integrations.vllm.settings import LOG
 from tpfuse.rope import Rope
@@ -43,7 +44,9 @@ def install() -> None:
             raise LookupError(f"the operator takes {tuple(signature(stock).parameters)}; known: {PARAMETERS}")
         library = torch.library.Library("vllm", "IMPL")
         serve = operator_for(stock)
-        library.impl("minimax_qk_norm_fusion", serve, current_platform.dispatch_key, allow_override=True)
+        with warnings.catch_warnings():  # torch warns of an override, which is the intention
+            warnings.simplefilter("ignore")
+            library.impl("minimax_qk_norm_fusion", serve, current_platform.dispatch_key, allow_override=True)
         _library = library
     _install_rope()
 
@@ -139,8 +142,6 @@ def _tables(attention: Any, plain: Any) -> bool:
 
     Buffers of the module that rotates, which all layers share: sleep mode saves buffers. The values are vLLM's own,
     which are rounded to the model's dtype."""
-    import tpfuse.integrations.vllm.operators  # noqa: F401  registers torch.ops.tpfuse_vllm
-
     engaged, rotary = state.current, attention.rotary_emb
     if engaged is None or engaged.effective != "fused":
         return False

@@ -53,10 +53,15 @@ class Engaged:
 current: Engaged | None = None
 
 
-def engage(mode: str, group: Any) -> Engaged:
-    """Make this worker's Communicator, if its mode needs one. Collective over the TP group; vLLM's `group`."""
+def engage(mode: str, group: Any, against: str = "") -> Engaged:
+    """Make this worker's Communicator, if its mode needs one. Collective over the TP group, which vLLM has as `group`.
+
+    against: why tpfuse stays out, the same on every rank."""
     global current
     disengage()
+    if against:
+        current = Engaged(mode, "off", against, group)
+        return current
     if mode == "control":
         current = Engaged(mode, "control", "", group)
         return current
