@@ -86,8 +86,8 @@ def fuse(
             _rewrite(graph, site)
         findings.fused += 1
     if findings.fused and rewrite:
-        graph.eliminate_dead_code()
         stable_topological_sort(graph)  # users of a sum may stand before the norm
+        graph.eliminate_dead_code()
     return findings
 
 
@@ -133,10 +133,10 @@ def _check(site: _Site, targets: Targets) -> None:
     width = x.shape[-1]
     if x.dtype not in DTYPES or weight.dtype not in DTYPES:
         raise _Unfit(f"x is {x.dtype}, gamma {weight.dtype}")
-    if not isinstance(width, int) or width > targets.max_hidden or (reason := why_not(width)):
-        raise _Unfit(
-            f"rows of {width} elements" if not isinstance(width, int) or width > targets.max_hidden else reason
-        )
+    if not isinstance(width, int) or width > targets.max_hidden:
+        raise _Unfit(f"rows of {width} elements; tpfuse takes {targets.max_hidden}")
+    if reason := why_not(width):
+        raise _Unfit(reason)
     if list(weight.shape) != [width]:
         raise _Unfit(f"gamma is {list(weight.shape)}, rows have {width} elements")
     if x.stride(-1) != 1:

@@ -1,0 +1,365 @@
+"""The plugin around the graphs: its setting, that nothing it does breaks vLLM, and the functions it replaces, with
+stand-ins for vLLM's modules."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import vllm_stand_ins as stand_ins
+
+from tpfuse import Rope
+from tpfuse.errors import CommunicatorClosed, InvalidArgument
+from tpfuse.integrations.vllm import functions, operators, plugin, qk_norm, register, settings, state
+
+
+@pytest.fixture
+def serving(alone):
+    state.current = stand_ins.engaged(alone)
+    yield state.current
+    state.current = None
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """Stand-ins for the two modules that are hooked into, and what a worker asks them."""
+    group = SimpleNamespace(unique_name="tp:0", rank_in_group=0, world_size=2, device_group=None)
+    calls = []
+    parallel = SimpleNamespace(use_ubatching=False)
+    config = ModuleType("vllm.config")
+    config.get_current_vllm_config = lambda: SimpleNamespace(parallel_config=parallel, model_config=None)
+    envs, distributed = ModuleType("vllm.envs"), ModuleType("vllm.distributed")
+    groups = ModuleType("vllm.distributed.parallel_state")
+    root = ModuleType("vllm")
+    envs.compile_factors = lambda: {"VLLM_SOMETHING": 1}
+    groups.initialize_model_parallel = lambda *sizes: calls.append(("initialize", sizes))
+    groups.destroy_model_parallel = lambda: calls.append(("destroy",))
+    groups.get_tp_group = lambda: group
+    root.envs, root.distributed, root.config, distributed.parallel_state = envs, distributed, config, groups
+    root.__path__, distributed.__path__ = [], []
+    for module in (root, envs, config, distributed, groups):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    yield SimpleNamespace(envs=envs, groups=groups, group=group, calls=calls, parallel=parallel)
+    state.current = None
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, logger="vllm.tpfuse")
+    return caplog
+
+
+# The setting
+
+
+def test_fused_is_the_default(monkeypatch):
+    monkeypatch.delenv("TPFUSE_VLLM", raising=False)
+    assert settings.requested() == "fused"
+
+
+def test_another_mode_is_told_in_one_line(monkeypatch):
+    monkeypatch.setenv("TPFUSE_VLLM", "fast")
+    with pytest.raises(InvalidArgument, match="TPFUSE_VLLM=fast; supported: off, control, fused"):
+        settings.requested()
+
+
+def test_a_wrong_mode_leaves_vllm_alone(vllm, log, monkeypatch):
+    monkeypatch.setenv("TPFUSE_VLLM", "fast")
+    before = vllm.groups.initialize_model_parallel
+    register()
+    assert vllm.groups.initialize_model_parallel is before
+    assert "tpfuse stays out: TPFUSE_VLLM=fast" in log.text
+
+
+def test_off_replaces_nothing(vllm, monkeypatch):
+    monkeypatch.setenv("TPFUSE_VLLM", "off")
+    before = dict(vars(vllm.groups))
+    register()
+    assert vars(vllm.groups) == before
+
+
+def test_modes_have_keys_of_their_own():
+    assert len({settings.fingerprint(mode) for mode in settings.MODES}) == 3
+
+
+# The start of a worker
+
+
+def test_an_unknown_vllm_is_left_alone(vllm, log):
+    del vllm.envs.compile_factors
+    before = vllm.groups.initialize_model_parallel
+    register()
+    assert vllm.groups.initialize_model_parallel is before
+    assert "vllm.envs.compile_factors is not there" in log.text
+
+
+def test_registering_twice_replaces_once(vllm):
+    register()
+    first = vllm.groups.initialize_model_parallel
+    register()
+    assert vllm.groups.initialize_model_parallel is first
+
+
+def test_a_tpfuse_that_raises_leaves_vllm_serving(vllm, log, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("mocked out")
+
+    monkeypatch.setattr(state, "Communicator", broken)
+    register()
+    vllm.groups.initialize_model_parallel(2, 1)
+    assert vllm.calls == [("initialize", (2, 1))]
+    assert state.current.effective == "off"
+    assert "requested fused, effective off, vLLM's own path: RuntimeError: mocked out" in log.text
+    vllm.groups.destroy_model_parallel()
+    assert vllm.calls[-1] == ("destroy",)
+    assert state.current is None
+
+
+def test_a_backend_without_kernels_stays_out_with_its_reason(vllm, log, alone):
+    vllm.group.device_group = alone.group
+    register()
+    vllm.groups.initialize_model_parallel(2)
+    assert state.current.effective == "off"
+    assert "no fused kernels" in state.current.reason
+
+
+def test_micro_batching_stays_out(vllm, log):
+    vllm.parallel.use_ubatching = True
+    register()
+    vllm.groups.initialize_model_parallel(2)
+    assert "micro-batching (DBO) is on" in log.text
+    assert state.current.comm is None
+
+
+def test_one_rank_is_left_alone(vllm, log):
+    vllm.group.world_size = 1
+    register()
+    vllm.groups.initialize_model_parallel(1)
+    assert state.current is None
+    assert log.text == ""
+
+
+def test_what_can_not_be_placed_is_logged_and_the_rest_goes_on(vllm, log, monkeypatch):
+    monkeypatch.setenv("TPFUSE_VLLM", "control")
+    register()
+    vllm.groups.initialize_model_parallel(2)  # none of the modules that are asked for is there
+    assert "all-reduce + norm: left to vLLM: ModuleNotFoundError" in log.text
+    assert "QK norm: left to vLLM: ModuleNotFoundError" in log.text
+    assert "requested control, effective control" in log.text
+
+
+def test_compiled_graphs_are_keyed_by_what_is_in_effect(vllm, monkeypatch):
+    monkeypatch.setenv("TPFUSE_VLLM", "control")
+    register()
+    before = vllm.envs.compile_factors()
+    vllm.groups.initialize_model_parallel(2)
+    after = vllm.envs.compile_factors()
+    assert before["VLLM_SOMETHING"] == after["VLLM_SOMETHING"] == 1
+    assert before["TPFUSE_VLLM"].startswith("off ")
+    assert after["TPFUSE_VLLM"].startswith("control ")
+
+
+# Operators
+
+
+def test_a_graph_for_tpfuse_says_so_where_tpfuse_is_out():
+    state.current = None
+    x = torch.ones(2, 64)
+    with pytest.raises(CommunicatorClosed, match="compiled for it runs in a process where it stays out"):
+        torch.ops.tpfuse_vllm.all_reduce_rms_norm(x, x[0], 1e-6, 0.0)
+
+
+def qkv_of(rows=3, q=32, kv=16):
+    torch.manual_seed(0)
+    return torch.randn(rows, q + 2 * kv, dtype=torch.bfloat16), torch.rand(q), torch.rand(kv)
+
+
+def operator_calls():
+    x, w = torch.randn(3, 64), torch.rand(64)
+    qkv, q_weight, k_weight = qkv_of()
+    cos, sin, positions = torch.rand(9, 4), torch.rand(9, 4), torch.tensor([0, 3, 8])
+    ops = torch.ops.tpfuse_vllm
+    return {
+        "norm": (ops.all_reduce_rms_norm, (x, w, 1e-6, 0.0)),
+        "sum": (ops.all_reduce_sum_rms_norm, (x, w, 1e-6, 1.0)),
+        "add": (ops.all_reduce_add_rms_norm, (x, x * 2, w, 1e-6, 0.0)),
+        "quant, dynamic": (ops.all_reduce_add_rms_norm_quant, (x, x * 2, w, None, 1e-6, 0.0, "fp8_per_token")),
+        "quant, static": (ops.all_reduce_add_rms_norm_quant, (x, x * 2, w, w[:1], 1e-6, 0.0, "fp8_static")),
+        "qk": (ops.qk_norm_rope, (qkv, q_weight, k_weight, cos, sin, positions, 32, 16, 16, False, 1e-6)),
+    }
+
+
+@pytest.mark.parametrize("name", operator_calls())
+def test_opcheck(name, serving):
+    function, given = operator_calls()[name]
+    torch.library.opcheck(function.default, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_norm_with_its_sum(serving):
+    x, w = torch.randn(3, 64, dtype=torch.bfloat16), torch.rand(64)
+    norm, total = operators.all_reduce_sum_rms_norm(x, w, 1e-6, 0.0)
+    assert torch.equal(total, x)
+    assert torch.equal(norm, operators.all_reduce_rms_norm(x, w, 1e-6, 0.0))
+
+
+def test_the_summary_counts_sites_not_calls(serving):
+    x, w = torch.randn(3, 64), torch.rand(2, 64)
+    for gamma in (w[0], w[1], w[0]):
+        operators.all_reduce_rms_norm(x, gamma, 1e-6, 0.0)
+    serving.stock[state.QK_NORM].add(1)
+    serving.left["layers.0.o_proj: a norm without gamma"] += 2
+    assert "0 of 1 QK norms fused, 2 of 2 all-reduce + norms fused" in serving.summary()
+    assert "2x layers.0.o_proj: a norm without gamma" in serving.summary()
+
+
+# The QK norm
+
+
+def stock_qk(*args):
+    return "vLLM's own", args
+
+
+@pytest.mark.parametrize("case", ["no worker", "control", "another world", "too wide", "another dtype"])
+def test_the_qk_operator_calls_through_where_it_does_not_serve(case, alone):
+    qkv, q_weight, k_weight = qkv_of()
+    tp_world, q_size = alone.world, 32
+    effective = "control" if case == "control" else "fused"
+    state.current = None if case == "no worker" else stand_ins.engaged(alone, effective)
+    if case == "another world":
+        tp_world = 7
+    if case == "too wide":
+        q_size = 65
+    if case == "another dtype":
+        qkv = qkv.double()
+    try:
+        called = qk_norm.operator_for(stock_qk)(qkv, q_weight, k_weight, q_size, 16, 0, tp_world, 1e-6, None)
+        assert called == ("vLLM's own", (qkv, q_weight, k_weight, q_size, 16, 0, tp_world, 1e-6, None))
+        if state.current is not None:
+            assert "0 of 1 QK norms fused" in state.current.summary()
+    finally:
+        state.current = None
+
+
+def test_the_qk_operator_serves_views_of_qkv(serving):
+    qkv, q_weight, k_weight = qkv_of()
+    q, k = qk_norm.operator_for(stock_qk)(qkv, q_weight, k_weight, 32, 16, 0, 1, 1e-6, None)
+    expected = serving.comm.qk_rms_norm(qkv[:, :32].contiguous(), qkv[:, 32:48].contiguous(), q_weight, k_weight)
+    assert torch.equal(q, expected[0])
+    assert torch.equal(k, expected[1])
+
+
+class StandInRotary(torch.nn.Module):
+    """The attributes and the table of vLLM's RotaryEmbedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.head_size, self.rotary_dim, self.is_neox_style = 16, 16, True
+        angles = torch.arange(32.0)[:, None] * 0.1 ** torch.arange(8)
+        self.register_buffer("cos_sin_cache", torch.cat((angles.cos(), angles.sin()), -1).bfloat16())
+
+    def forward_native(self):
+        raise NotImplementedError
+
+    forward_cuda = forward_native
+
+
+class StandInAttention(torch.nn.Module):
+    """The attributes of vLLM's MiniMaxM2Attention; its parts give back what they get."""
+
+    def __init__(self, rotary):
+        super().__init__()
+        self.q_size, self.kv_size, self.rotary_emb = 32, 16, rotary
+        self.q_norm = SimpleNamespace(weight=torch.rand(32), variance_epsilon=1e-6)
+        self.k_norm = SimpleNamespace(weight=torch.rand(16), variance_epsilon=1e-6)
+        self.qkv_proj = self.o_proj = lambda x: (x, None)
+        self.attn = lambda q, k, v: torch.cat((q, k, v), -1)
+
+
+def test_the_attention_rotates_in_the_norm(serving):
+    attention = StandInAttention(StandInRotary())
+    attention.tpfuse_rope = qk_norm._tables(attention, StandInRotary)
+    forward = qk_norm.forward_for(None)
+    qkv, _, _ = qkv_of()
+    positions = torch.tensor([0, 7, 31])
+    cos, sin = attention.rotary_emb.cos_sin_cache.float().chunk(2, -1)
+    rope = Rope(cos.contiguous(), sin.contiguous(), positions, 16, 16)
+    weights = attention.q_norm.weight, attention.k_norm.weight
+    expected = serving.comm.qk_rms_norm(qkv[:, :32], qkv[:, 32:48], *weights, rope=rope)
+    assert attention.tpfuse_rope
+    assert torch.equal(forward(attention, positions, qkv), torch.cat((*expected, qkv[:, 48:]), -1))
+    buffers = dict(attention.rotary_emb.named_buffers())
+    assert set(buffers) == {"cos_sin_cache", "tpfuse_cos", "tpfuse_sin"}  # which sleep mode saves
+    assert "tpfuse_cos" not in attention.rotary_emb.state_dict()
+
+
+def test_a_rotation_of_another_kind_is_left_to_vllm(serving, log):
+    class Other(StandInRotary):
+        def forward_native(self):
+            raise NotImplementedError
+
+    assert not qk_norm._tables(StandInAttention(Other()), StandInRotary)
+    assert "Other rotates in a way of its own" in log.text
+
+
+def test_a_head_that_the_kernels_do_not_rotate_is_left_to_vllm(serving, log):
+    rotary = StandInRotary()
+    rotary.head_size = 24
+    assert not qk_norm._tables(StandInAttention(rotary), StandInRotary)
+    assert "cuda kernels rotate heads of a power of two" in log.text
+
+
+def test_without_rotation_the_attention_is_vllms(serving):
+    forward = qk_norm.forward_for(lambda self, positions, hidden_states: "vLLM's own")
+    assert forward(SimpleNamespace(tpfuse_rope=False), None, None) == "vLLM's own"
+
+
+# Functions of models
+
+
+def stock_boundary(hidden_states, residual, norm):
+    return "vLLM's own"
+
+
+def test_functions_are_replaced_where_they_were_imported_before(monkeypatch):
+    home, importer, stranger = (ModuleType(name) for name in ("vllm.home", "vllm.models.m3", "elsewhere"))
+    for module in (home, importer, stranger):
+        module.boundary = stock_boundary
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    functions.rebind("boundary", stock_boundary, ours := functions.boundary_for(stock_boundary, 1.0))
+    assert home.boundary is importer.boundary is ours
+    assert stranger.boundary is stock_boundary
+
+
+def test_a_function_serves_gemmas_norm(serving):
+    norm = SimpleNamespace(weight=torch.rand(64), variance_epsilon=1e-5)
+    x, residual = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    y = functions.boundary_for(stock_boundary, 1.0)(x, residual, norm)
+    exact = serving.comm.all_reduce_rms_norm(x, norm.weight, residual=residual, eps=1e-5, weight_bias=1.0)
+    assert torch.equal(y[0], exact.norm)
+    assert torch.equal(y[1], exact.residual)
+
+
+@pytest.mark.parametrize("case", ["control", "another residual", "no eps", "too wide"])
+def test_a_function_calls_through_where_it_does_not_serve(case, alone):
+    width = 65 if case == "too wide" else 64
+    norm = SimpleNamespace(weight=torch.rand(width))
+    if case != "no eps":
+        norm.variance_epsilon = 1e-5
+    x = torch.randn(3, width)
+    residual = x.bfloat16() if case == "another residual" else x
+    state.current = stand_ins.engaged(alone, "control" if case == "control" else "fused")
+    try:
+        assert functions.boundary_for(stock_boundary, 1.0)(x, residual, norm) == "vLLM's own"
+    finally:
+        state.current = None
+
+
+def test_replacing_keeps_what_was_there():
+    owner = SimpleNamespace(double=lambda x: 2 * x)
+    plugin.replace(owner, "double", lambda stock, x: stock(x) + 1)
+    plugin.replace(owner, "double", lambda stock, x: stock(x) + 1)
+    assert owner.double(3) == 7
+    assert owner.double.tpfuse_stock(3) == 6
