@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import vllm_stand_ins as stand_ins
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from vllm_stand_ins import SITES, TARGETS, WIDTH, all_reduce, count, ops, traced
 
+from tpfuse import Communicator
 from tpfuse.integrations.vllm import state
 from tpfuse.integrations.vllm.graph import fuse
+from tpfuse.quant import FORMATS
 
 B16 = torch.bfloat16
 
@@ -19,6 +22,15 @@ def serving(alone):
     state.current = stand_ins.engaged(alone)
     yield state.current
     state.current = None
+
+
+@pytest.fixture
+def wide(alone):
+    """The same, for rows that have whole groups of 128."""
+    with Communicator(alone.group, timeout=5.0) as comm:
+        state.current = stand_ins.engaged(comm)
+        yield state.current
+        state.current = None
 
 
 def rows(*shape, dtype=B16):
@@ -116,6 +128,125 @@ def test_an_all_reduce_of_another_group_is_not_ours():
         return ops.rms_norm(all_reduce(x, "dp:0"), w, 1e-6)
 
     assert left(boundary, rows(3, WIDTH), rows(WIDTH)) == []
+
+
+# Quantisation
+
+
+def static(norm, scale):
+    """FP8 with a given scale, as vLLM spells it where it lets Inductor make the kernel."""
+    return ((norm.float() * scale.reciprocal()).clamp(-448.0, 448.0).to(torch.float8_e4m3fn),)
+
+
+def per_token(norm, _):
+    largest = norm.abs().max(dim=-1)[0].unsqueeze(-1).float()
+    scale = (largest / 448.0).clamp(min=1.0 / (448.0 * 512.0))
+    return *static(norm, scale), scale
+
+
+_KERNELS = torch.library.Library("_C", "FRAGMENT")  # the names and arguments of vLLM's kernels
+for _schema in (
+    "static_scaled_fp8_quant(Tensor! result, Tensor input, Tensor scale, int[]? group_shape=None) -> ()",
+    "dynamic_per_token_scaled_fp8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub) -> ()",
+    "per_token_group_fp8_quant(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, "
+    "float fp8_min, float fp8_max, bool scale_ue8m0, bool dummy_is_scale_transposed, bool dummy_is_tma_aligned) -> ()",
+):
+    _KERNELS.define(_schema)
+    _name = _schema.partition("(")[0]
+    torch.library.register_fake(f"_C::{_name}", lambda *_, **__: None, lib=_KERNELS)
+
+
+def static_kernel(norm, scale):
+    empty = torch.empty_like(norm, dtype=torch.float8_e4m3fn)
+    _, quant = auto_functionalized(torch.ops._C.static_scaled_fp8_quant.default, result=empty, input=norm, scale=scale)
+    return (quant,)
+
+
+def per_token_kernel(norm, _):
+    empty, scale = torch.empty_like(norm, dtype=torch.float8_e4m3fn), norm.new_empty((norm.shape[0], 1)).float()
+    kernel = torch.ops._C.dynamic_per_token_scaled_fp8_quant.default
+    return auto_functionalized(kernel, result=empty, input=norm, scale=scale, scale_ub=None)[1:]
+
+
+def per_group_kernel(norm, _):
+    empty = torch.empty_like(norm, dtype=torch.float8_e4m3fn)
+    scale = torch.empty((norm.shape[0], norm.shape[1] // 128), dtype=torch.float32)
+    return auto_functionalized(
+        torch.ops._C.per_token_group_fp8_quant.default, input=norm, output_q=empty, output_s=scale, group_size=128,
+        eps=1e-10, fp8_min=-448.0, fp8_max=448.0, scale_ue8m0=False, dummy_is_scale_transposed=False,
+        dummy_is_tma_aligned=False,
+    )[1:]  # fmt: skip
+
+
+QUANTS = {
+    "static": (static, "fp8_static"),
+    "per token": (per_token, "fp8_per_token"),
+    "static, kernel": (static_kernel, "fp8_static"),
+    "per token, kernel": (per_token_kernel, "fp8_per_token"),
+    "per group, kernel": (per_group_kernel, "fp8_per_group"),
+}
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["alone", "norm used, too"])
+@pytest.mark.parametrize("residual", [False, True], ids=["no residual", "residual"])
+@pytest.mark.parametrize("name", QUANTS)
+def test_a_quantisation_goes_in(name, residual, others, wide):
+    quantise, kind = QUANTS[name]
+
+    def boundary(x, r, w, scale):
+        if residual:
+            norm, new = ops.fused_add_rms_norm(all_reduce(x), r, w, 1e-6)
+        else:
+            norm, new = ops.rms_norm(all_reduce(x), w, 1e-6), r
+        return *quantise(norm, scale), new, norm * 2 if others else new
+
+    given = rows(3, 256), rows(3, 256), rows(256), torch.tensor([0.02])
+    module = traced(boundary, *given)
+    findings = fuse(module.graph, TARGETS)
+    assert (findings.fused, findings.quantised) == (1, 1)
+    assert count(module.graph).keys() <= {"all_reduce_rms_norm_quant", "getitem", "mul"}
+    module.graph.lint()
+    module.recompile()
+    x, r, w, scale = given
+    exact = wide.comm.all_reduce_rms_norm(
+        x, w, residual=r if residual else None, quant=FORMATS[kind](scale if kind == "fp8_static" else None),
+        keep_norm=True,
+    )  # fmt: skip
+    found = module(*given)
+    expected = [exact.quant, *([] if kind == "fp8_static" else [exact.scale]), exact.residual if residual else r]
+    for y, reference in zip(found, [*expected, exact.norm * 2 if others else expected[-1]], strict=True):
+        assert torch.equal(y.view(torch.uint8), reference.view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["static", "per token"])
+def test_what_vllm_computes_is_what_tpfuse_computes(name, wide):
+    quantise, kind = QUANTS[name]
+    x, scale = rows(3, 256), torch.tensor([0.02])
+    y = FORMATS[kind](scale if kind == "fp8_static" else None).encode(x)
+    for found, expected in zip(quantise(x, scale), y, strict=False):
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda norm, scale: (norm.float() * scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn),
+        lambda norm, scale: (norm.float() * scale.reciprocal()).clamp(-240.0, 240.0).to(torch.float8_e4m3fn),
+        lambda norm, scale: static(norm, norm.float().abs().max().reshape(1) * 0 + scale.repeat(3).unsqueeze(-1))[0],
+        lambda norm, scale: per_token(norm * 2, scale)[0],
+    ],
+    ids=["no reciprocal", "another range", "a scale for each row from elsewhere", "of another tensor"],
+)
+def test_another_quantisation_stays_behind_the_fused_norm(other, wide):
+    def boundary(x, w, scale):
+        return other(ops.rms_norm(all_reduce(x), w, 1e-6), scale)
+
+    module = traced(boundary, rows(3, 256), rows(256), torch.tensor([0.02]))
+    findings = fuse(module.graph, TARGETS)
+    assert (findings.fused, findings.quantised) == (1, 0)
+
+
+# What is left
 
 
 X, R, W = rows(3, WIDTH), rows(3, WIDTH), rows(WIDTH)

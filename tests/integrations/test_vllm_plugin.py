@@ -186,8 +186,8 @@ def operator_calls():
         "norm": (ops.all_reduce_rms_norm, (x, w, 1e-6, 0.0)),
         "sum": (ops.all_reduce_sum_rms_norm, (x, w, 1e-6, 1.0)),
         "add": (ops.all_reduce_add_rms_norm, (x, x * 2, w, 1e-6, 0.0)),
-        "quant, dynamic": (ops.all_reduce_add_rms_norm_quant, (x, x * 2, w, None, 1e-6, 0.0, "fp8_per_token")),
-        "quant, static": (ops.all_reduce_add_rms_norm_quant, (x, x * 2, w, w[:1], 1e-6, 0.0, "fp8_static")),
+        "quant, dynamic": (ops.all_reduce_rms_norm_quant, (x, x * 2, w, None, 1e-6, 0.0, "fp8_per_token", True)),
+        "quant, static": (ops.all_reduce_rms_norm_quant, (x, None, w, w[:1].clone(), 1e-6, 0.0, "fp8_static", False)),
         "qk": (ops.qk_norm_rope, (qkv, q_weight, k_weight, cos, sin, positions, 32, 16, 16, False, 1e-6)),
     }
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
+from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tpfuse import Communicator
@@ -64,9 +65,9 @@ def all_reduce(x: Tensor, group: str = "tp:0") -> Tensor:
 
 
 def traced(function: Callable[..., object], *inputs: Tensor) -> fx.GraphModule:
-    """The graph of a function, with fake values as Inductor's passes see them."""
+    """The graph of a function, decomposed and with fake values, as Inductor's passes see it."""
     with torch.no_grad():
-        return make_fx(function, tracing_mode="fake")(*inputs)
+        return make_fx(function, select_decomp_table(), tracing_mode="fake")(*inputs)
 
 
 def count(graph: fx.Graph) -> dict[str, int]:

@@ -4,7 +4,8 @@ look for are arguments.
 What is recognised, with `sum = all_reduce(x)`, behind views that keep the rows or not:
 - `fused_add_rms_norm(sum, residual, gamma)`, where nothing else wants the sum;
 - `rms_norm(sum, gamma)`, where others may want the sum: the first norm of a model, whose residual it is;
-- both with Gemma's gamma, `w.float() + 1`, which then stays the w that it is.
+- both with Gemma's gamma, `w.float() + 1`, which then stays the w that it is;
+- what quantises the norm to FP8, see quantised.py, with the norm itself if others want it, too.
 
 It walks nodes instead of matching patterns: a pattern has to spell out eps, dtypes and who else uses what, so it misses
 in silence. Here each all-reduce is either replaced or kept with a reason.
@@ -24,6 +25,8 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from tpfuse.backends.cuda.all_reduce import why_not
 from tpfuse.checks import DTYPES
 from tpfuse.integrations.vllm import operators  # noqa: F401  registers torch.ops.tpfuse_vllm
+from tpfuse.integrations.vllm.quantised import Quantised, behind
+from tpfuse.quant import FP8PerGroup
 
 aten, prims = torch.ops.aten, torch.ops.prims
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -43,9 +46,11 @@ class Targets:
 
 @dataclass
 class Findings:
-    """What became of the all-reduces of a graph: how many were fused, and why the others were not."""
+    """What became of the all-reduces of a graph: how many were fused, with how many quantisations, and why the others
+    were not."""
 
     fused: int = 0
+    quantised: int = 0
     left: list[str] = field(default_factory=list)
 
 
@@ -83,7 +88,7 @@ def fuse(
             findings.left.append(f"{origin(node)}: {reason}")
             continue
         if rewrite:
-            _rewrite(graph, site)
+            findings.quantised += _rewrite(graph, site)
         findings.fused += 1
     if findings.fused and rewrite:
         stable_topological_sort(graph)  # users of a sum may stand before the norm
@@ -149,26 +154,70 @@ def _check(site: _Site, targets: Targets) -> None:
             raise _Unfit(f"the residual is {list(residual.shape)}, the sum {list(_value(site.end).shape)}")
 
 
-def _rewrite(graph: fx.Graph, site: _Site) -> None:
+def _rewrite(graph: fx.Graph, site: _Site) -> bool:
+    """Returns whether a quantisation went in, too."""
     ops, norm, end = torch.ops.tpfuse_vllm, site.norm, site.end
+    wants_sum = site.residual is None and len(end.users) > 1
+    quantised = None if wants_sum else quantised_of(site)
     with graph.inserting_before(norm):
         x = site.x
         for view in site.views:
             x = _insert(graph, aten.reshape.default, (x, *view.args[1:]), view, _value(view))
         rest = (site.weight, site.eps, site.weight_bias)
-        if site.residual is not None:
+        if quantised is not None:
+            _rewrite_quantised(graph, site, x, quantised)
+        elif site.residual is not None:
             target, call = ops.all_reduce_add_rms_norm.default, (x, site.residual, *rest)
             norm.replace_all_uses_with(_insert(graph, target, call, norm, _value(norm)))
-        elif len(end.users) == 1:
+        elif not wants_sum:
             target = ops.all_reduce_rms_norm.default
             norm.replace_all_uses_with(_insert(graph, target, (x, *rest), norm, _value(norm)))
         else:
-            values = (_value(norm), _value(end))
-            new = _insert(graph, ops.all_reduce_sum_rms_norm.default, (x, *rest), norm, values)
-            normed, total = (_insert(graph, operator.getitem, (new, i), norm, value) for i, value in enumerate(values))
+            nodes = {norm: _value(norm), end: _value(end)}
+            new = _insert(graph, ops.all_reduce_sum_rms_norm.default, (x, *rest), norm, tuple(nodes.values()))
+            normed, total = _unpack(graph, new, nodes)
             norm.replace_all_uses_with(normed)
             end.replace_all_uses_with(total, delete_user_cb=lambda user: user is not norm)
-    graph.erase_node(norm)
+    return quantised is not None
+
+
+def quantised_of(site: _Site) -> Quantised | None:
+    """The quantisation behind a site's norm, where rows go into its groups."""
+    normed = _normed(site)
+    found = None if normed is None else behind(normed)
+    grouped = found is not None and found.kind.startswith("fp8_per_group")
+    return None if grouped and _value(site.x).shape[-1] % FP8PerGroup.group else found
+
+
+def _normed(site: _Site) -> fx.Node | None:
+    """The node that is the norm itself."""
+    return site.norm if site.residual is None else _item(site.norm, 0)
+
+
+def _rewrite_quantised(graph: fx.Graph, site: _Site, x: fx.Node, found: Quantised) -> None:
+    normed = _normed(site)
+    assert normed is not None
+    keep_norm = any(user not in found.inputs for user in normed.users)
+    total = None if site.residual is None else _item(site.norm, 1)
+    # The results in the operator's order, each in the place of a node; nobody may want the new residual.
+    kept = normed if keep_norm else None
+    nodes = {node: _value(node) for node in (kept, total or site.residual, found.quant, found.scale) if node}
+    call = (x, site.residual, site.weight, found.given, site.eps, site.weight_bias, found.kind, keep_norm)
+    target = torch.ops.tpfuse_vllm.all_reduce_rms_norm_quant.default
+    new = _insert(graph, target, call, site.norm, list(nodes.values()))
+    for node, result in zip(nodes, _unpack(graph, new, nodes), strict=True):
+        if node is not site.residual:
+            node.replace_all_uses_with(result)
+
+
+def _unpack(graph: fx.Graph, new: fx.Node, nodes: dict[fx.Node, Any]) -> list[fx.Node]:
+    """The results of a new node, each like the node that it takes the place of."""
+    return [_insert(graph, operator.getitem, (new, i), node, value) for i, (node, value) in enumerate(nodes.items())]
+
+
+def _item(node: fx.Node, index: int) -> fx.Node | None:
+    """The node that takes one of a node's results."""
+    return next((user for user in node.users if user.target is operator.getitem and user.args[1] == index), None)
 
 
 def _insert(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, value: Any) -> fx.Node:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tpfuse.communicator import boundary_outputs
 from tpfuse.integrations.vllm.state import BOUNDARY, QK_NORM, communicator
 from tpfuse.quant import FORMATS
+from tpfuse.reference import NormOutput
 from tpfuse.rope import Rope
 
 _LIBRARY = torch.library.Library("tpfuse_vllm", "DEF")  # lives as long as the process
@@ -37,19 +39,27 @@ def all_reduce_add_rms_norm(
     return y.norm, y.residual
 
 
-def all_reduce_add_rms_norm_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, given: Tensor | None, eps: float, weight_bias: float, quant: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantised norm, its scale, new residual. quant: a key of FORMATS whose scale is not given, or fp8_static, whose
-    scale comes back as a copy would: empty."""
-    comm = communicator(BOUNDARY, weight)
-    y = comm.all_reduce_rms_norm(
-        x, weight, residual=residual, eps=eps, weight_bias=weight_bias, quant=FORMATS[quant](given)
+def all_reduce_rms_norm_quant(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    given: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    quant: str,
+    keep_norm: bool,
+) -> list[Tensor]:
+    """What there is of norm, residual, quant and scale, without a scale that is given. quant: a key of FORMATS."""
+    y = communicator(BOUNDARY, weight).all_reduce_rms_norm(
+        x,
+        weight,
+        residual=residual,
+        eps=eps,
+        weight_bias=weight_bias,
+        quant=FORMATS[quant](given),
+        keep_norm=keep_norm,
     )
-    assert y.quant is not None
-    assert y.scale is not None
-    assert y.residual is not None
-    return y.quant, y.scale if given is None else y.scale.new_empty(0), y.residual
+    return _there(y, given)
 
 
 def qk_norm_rope(
@@ -74,11 +84,21 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def _there(y: NormOutput, given: Tensor | None) -> list[Tensor]:
+    return [result for result in y if result is not None and result is not given]
+
+
 def _fake_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, given: Tensor | None, eps: float, weight_bias: float, quant: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    quantised, scale = FORMATS[quant](given).empty(x)
-    return quantised, scale if given is None else scale.new_empty(0), _like(residual)
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    given: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    quant: str,
+    keep_norm: bool,
+) -> list[Tensor]:
+    return _there(boundary_outputs(x, residual, FORMATS[quant](given), keep_norm), given)
 
 
 def _fake_qk(
@@ -110,9 +130,9 @@ _OPERATORS = (
         lambda x, residual, *_: (_like(x), _like(residual)),
     ),
     (
-        f"all_reduce_add_rms_norm_quant(Tensor x, Tensor residual, Tensor weight, Tensor? given, {_NORM}, str quant) "
-        "-> (Tensor, Tensor, Tensor)",
-        all_reduce_add_rms_norm_quant,
+        f"all_reduce_rms_norm_quant(Tensor x, Tensor? residual, Tensor weight, Tensor? given, {_NORM}, str quant, "
+        "bool keep_norm) -> Tensor[]",
+        all_reduce_rms_norm_quant,
         _fake_quant,
     ),
     (

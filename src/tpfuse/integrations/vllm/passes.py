@@ -80,7 +80,12 @@ def apply(found: fx.Graph, engaged: state.Engaged, nvfp4: bool) -> None:
     keep = becomes_nvfp4 if nvfp4 else lambda norm: ""
     findings = graph.fuse(found, targets, keep=keep, rewrite=engaged.effective == "fused")
     engaged.left.update(findings.left)
-    LOG.debug("a graph with %d all-reduce + norm; left: %s", findings.fused, findings.left or "none")
+    LOG.debug(
+        "a graph with %d all-reduce + norm, %d of them quantised; left: %s",
+        findings.fused,
+        findings.quantised,
+        findings.left or "none",
+    )
 
 
 def becomes_nvfp4(norm: fx.Node) -> str:
