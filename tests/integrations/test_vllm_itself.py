@@ -1,0 +1,52 @@
+"""vLLM itself, without a model and on CPUs: our plugin in its groups, our pass in its pass manager and under Inductor,
+its operator served by ours. Left out where vLLM is not installed; `pytest -m vllm` fails there."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+import vllm_itself_jobs as jobs
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(autouse=True)
+def installed(request):
+    if find_spec("vllm") is None:
+        asked = "vllm" in request.config.option.markexpr
+        (pytest.fail if asked else pytest.skip)("vLLM is not installed")
+
+
+def test_without_kernels_it_stays_out_of_vllm(on_ranks):
+    for found in on_ranks(2, jobs.stays_out):
+        assert "requested fused, effective off, vLLM's own path: backend cuda needs GPUs" in found["found"]
+        assert found["key"].startswith("off ")
+        assert "TpfusePass" not in found["passes"]
+
+
+def test_the_qk_norm_is_served(on_ranks):
+    for result in on_ranks(2, jobs.qk_norm):
+        assert "1 of 1 QK norms fused" in result["summary"]
+        for y, stock in zip(result["found"], result["stock"], strict=True):
+            torch.testing.assert_close(y, stock)
+
+
+def test_boundaries_are_fused_under_inductor(on_ranks):
+    for result in on_ranks(2, jobs.boundaries, "fused"):
+        assert result["calls"] == {"all_reduce_rms_norm": 4}
+        assert "4 of 4 all-reduce + norms fused; all-reduces left in compiled graphs: none seen" in result["summary"]
+        for y, expected in zip(result["found"], result["expected"], strict=True):
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_control_only_looks_and_has_a_key_of_its_own(on_ranks):
+    keys = set()
+    for result in on_ranks(2, jobs.boundaries, "control"):
+        keys.add(result["key"])
+        assert "TpfusePass" in result["passes"]
+        assert result["calls"] == {}
+    (fused,) = {result["key"] for result in on_ranks(2, jobs.boundaries, "fused")}
+    assert fused not in keys
+    assert len(keys) == 1

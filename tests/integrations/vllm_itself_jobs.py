@@ -1,0 +1,129 @@
+"""What test_vllm_itself.py runs on ranks, where vLLM itself is installed: its groups, operators, pass manager."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tpfuse.launch import Rank
+
+WIDTH = 64
+
+
+class Worker:
+    """A worker of vLLM on this rank of the CPU: its configuration, and its TP group through our plugin. There are no
+    kernels here, so the Communicator of `effective` is put in by hand."""
+
+    def __init__(self, rank: Rank, effective: str | None = None) -> None:
+        os.environ["TPFUSE_VLLM"] = "fused"
+        from vllm.config import CompilationConfig, DeviceConfig, VllmConfig, set_current_vllm_config
+        from vllm.distributed import parallel_state
+
+        from tpfuse.integrations.vllm import register
+
+        register()
+        self.config = VllmConfig(compilation_config=CompilationConfig(), device_config=DeviceConfig(device="cpu"))
+        self.context = set_current_vllm_config(self.config)
+        self.parallel_state, self.rank, self.effective = parallel_state, rank, effective
+
+    def __enter__(self) -> Worker:
+        from tpfuse import Communicator
+        from tpfuse.integrations.vllm import passes, qk_norm, state
+
+        self.context.__enter__()
+        self.parallel_state.init_distributed_environment(self.rank.world, self.rank.rank, "env://", 0, "gloo")
+        self.parallel_state.ensure_model_parallel_initialized(self.rank.world, 1)
+        assert state.current is not None
+        self.found = str(state.current)
+        if self.effective is not None:
+            state.current.effective = self.effective
+            state.current.comm = Communicator(state.current.group.device_group)
+            passes.install()
+            qk_norm.install()
+        self.engaged = state.current
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.parallel_state.destroy_model_parallel()
+        self.parallel_state._WORLD = None  # the process group is the pool's
+        self.context.__exit__(None, None, None)
+
+
+def stays_out(rank: Rank) -> dict[str, Any]:
+    """Where there are no kernels."""
+    from vllm import envs
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+
+    with Worker(rank) as worker:
+        manager = PostGradPassManager()
+        manager.configure(worker.config)
+        return {
+            "found": worker.found,
+            "key": envs.compile_factors()["TPFUSE_VLLM"],
+            "passes": [type(pass_).__name__ for pass_ in manager.passes],
+        }
+
+
+def qk_norm(rank: Rank) -> dict[str, Any]:
+    """vLLM's operator through tpfuse, and its own arithmetic; ranks bring rows of very different size."""
+    from vllm.model_executor.layers.minimax_rms_norm import rms_norm_tp
+
+    torch.manual_seed(rank.rank)
+    qkv = (torch.randn(5, 96 + 2 * 32) * 10.0**rank.rank).bfloat16()
+    weights = torch.rand(96).bfloat16(), torch.rand(32).bfloat16()
+    with Worker(rank, "fused") as worker, torch.no_grad():
+        y = torch.ops.vllm.minimax_qk_norm_fusion(qkv, *weights, 96, 32, rank.rank, rank.world, 1e-6, None)
+        stock = rms_norm_tp._minimax_qk_norm_tp_eager(qkv, *weights, 96, 32, rank.world, 1e-6)
+        return {"found": y, "stock": stock, "summary": worker.engaged.summary()}
+
+
+def boundaries(rank: Rank, effective: str) -> dict[str, Any]:
+    """A model of vLLM's operators, compiled by Inductor with vLLM's pass manager."""
+    import vllm.ir
+    from torch._inductor import config as inductor
+    from vllm.compilation.passes.inductor_pass import pass_context
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+    from vllm.config.utils import Range
+
+    def all_reduce(x: Tensor) -> Tensor:
+        """As vLLM calls it on GPUs; its communicator for CPUs works in place."""
+        y: Tensor = torch.ops.vllm.all_reduce(x.clone(), group_name=group)
+        return y
+
+    norm, add_norm = vllm.ir.ops.rms_norm, vllm.ir.ops.fused_add_rms_norm
+
+    def model(first: Tensor, gammas: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        residual = all_reduce(first)
+        x = norm(residual, gammas[0], 1e-6)
+        x, residual = add_norm(all_reduce(x @ a), residual, gammas[1], 1e-6)
+        x, residual = add_norm(all_reduce(x @ b).view(-1, WIDTH), residual, gammas[2].float() + 1.0, 1e-6)
+        return add_norm(all_reduce(x @ a), residual, gammas[3], 1e-5)
+
+    shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + rank.rank)
+    gammas = torch.randn(4, WIDTH, generator=shared)
+    first, a, b = (torch.randn(n, WIDTH, generator=own) / 8 for n in (6, WIDTH, WIDTH))
+    with Worker(rank, effective) as worker, torch.no_grad():
+        group = worker.engaged.group.unique_name
+        expected = model(first, gammas, a, b)
+        manager = PostGradPassManager()
+        manager.configure(worker.config)
+        # About kernels that are not in this graph, and in no vLLM that is installed for CPUs.
+        type(manager.fix_functionalization).__call__ = lambda self, graph: None
+        torch._dynamo.reset()
+        with pass_context(Range(1, 8192)), inductor.patch(post_grad_custom_post_pass=manager, fx_graph_cache=False):
+            found = torch.compile(model, fullgraph=True, dynamic=True)(first, gammas, a, b)
+            key = manager.uuid()
+        calls = {c.route.op: c.calls for c in worker.engaged.comm.report().counters}
+        return {
+            "expected": expected,
+            "found": found,
+            "calls": calls,
+            "summary": worker.engaged.summary(),
+            "passes": [type(pass_).__name__ for pass_ in manager.passes],
+            "key": key,
+            "world": dist.get_world_size(),
+        }
