@@ -266,22 +266,34 @@ class StandInRotary(torch.nn.Module):
     forward_cuda = forward_native
 
 
+class StandInNorm(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.variance_epsilon = torch.rand(width), 1e-6
+
+
 class StandInAttention(torch.nn.Module):
     """The attributes of vLLM's MiniMaxM2Attention; its parts give back what they get."""
 
     def __init__(self, rotary):
         super().__init__()
         self.q_size, self.kv_size, self.rotary_emb = 32, 16, rotary
-        self.q_norm = SimpleNamespace(weight=torch.rand(32), variance_epsilon=1e-6)
-        self.k_norm = SimpleNamespace(weight=torch.rand(16), variance_epsilon=1e-6)
-        self.qkv_proj = self.o_proj = lambda x: (x, None)
-        self.attn = lambda q, k, v: torch.cat((q, k, v), -1)
+        self.q_norm, self.k_norm = StandInNorm(32), StandInNorm(16)
+
+    def qkv_proj(self, x):
+        return x, None
+
+    o_proj = qkv_proj
+
+    def attn(self, q, k, v):
+        return torch.cat((q, k, v), -1)
+
+    forward = qk_norm.forward_for(None)
 
 
 def test_the_attention_rotates_in_the_norm(serving):
     attention = StandInAttention(StandInRotary())
     attention.tpfuse_rope = qk_norm._tables(attention, StandInRotary)
-    forward = qk_norm.forward_for(None)
     qkv, _, _ = qkv_of()
     positions = torch.tensor([0, 7, 31])
     cos, sin = attention.rotary_emb.cos_sin_cache.float().chunk(2, -1)
@@ -289,7 +301,10 @@ def test_the_attention_rotates_in_the_norm(serving):
     weights = attention.q_norm.weight, attention.k_norm.weight
     expected = serving.comm.qk_rms_norm(qkv[:, :32], qkv[:, 32:48], *weights, rope=rope)
     assert attention.tpfuse_rope
-    assert torch.equal(forward(attention, positions, qkv), torch.cat((*expected, qkv[:, 48:]), -1))
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for forward in (attention, compiled):
+            assert torch.equal(forward(positions, qkv), torch.cat((*expected, qkv[:, 48:]), -1))
     buffers = dict(attention.rotary_emb.named_buffers())
     assert set(buffers) == {"cos_sin_cache", "tpfuse_cos", "tpfuse_sin"}  # which sleep mode saves
     assert "tpfuse_cos" not in attention.rotary_emb.state_dict()

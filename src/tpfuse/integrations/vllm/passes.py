@@ -80,6 +80,8 @@ def apply(found: fx.Graph, engaged: state.Engaged, nvfp4: bool) -> None:
     keep = becomes_nvfp4 if nvfp4 else lambda norm: ""
     findings = graph.fuse(found, targets, keep=keep, rewrite=engaged.effective == "fused")
     engaged.left.update(findings.left)
+    if engaged.effective == "control" and findings.fused:
+        engaged.left["all-reduce + norm, left in this mode"] += findings.fused
     LOG.debug(
         "a graph with %d all-reduce + norm, %d of them quantised; left: %s",
         findings.fused,
