@@ -217,7 +217,7 @@ class Communicator:
         """`rms_norm` of q `[..., n]` and of k `[..., m]`, each over its own width, in ONE exchange of two floats a row.
 
         q and k may be views of one fused qkv tensor. eps: one number, or a pair for q and k. `out=(q, k)`: in place.
-        rope: rotate the normed rows before they are rounded, see tpfuse.Rope.
+        rope: rotate the rows before they are rounded, see tpfuse.Rope.
         """
         q_eps, k_eps = pair(eps)
         if torch.compiler.is_compiling():

@@ -75,6 +75,12 @@ def apply_norm(x: Tensor, inverse: Tensor, weight: Tensor, weight_bias: float) -
     return (x.float() * inverse.unsqueeze(-1)) * (weight.float() + weight_bias)
 
 
+def apply_turned_norm(x: Tensor, inverse: Tensor, weight: Tensor, weight_bias: float, rope: Rope) -> Tensor:
+    """fp32 `rotate(x * (weight + weight_bias)) * inverse`, not yet rounded: a rotation is linear, so a kernel does it
+    while the sums of squares are under way."""
+    return rotate(x.float() * (weight.float() + weight_bias), rope) * inverse.unsqueeze(-1)
+
+
 def add_in_rank_order(xs: Sequence[Tensor]) -> Tensor:
     """fp32 `x_0 + x_1 + ...`, one addition after the other."""
     total = xs[0].float()
@@ -95,10 +101,14 @@ def rms_norm(
 
     xs: rank r's `[..., n]`; weights: rank r's gamma shard `[n]`. Returns rank r's `[..., n]`, in the dtype of x.
     `y_r = round(x_r / sqrt(sum over ranks of x^2 / (n W) + eps) * (gamma_r + weight_bias))`
+    With rope, `x_r * (gamma_r + weight_bias)` is rotated, and multiplied by the inverse root last.
     """
     inverse = inverse_rms(add_in_rank_order([sum_of_squares(x) for x in xs]), len(xs) * xs[0].shape[-1], eps)
-    normed = [apply_norm(x, inverse, w, weight_bias) for x, w in zip(xs, weights, strict=True)]
-    return [(y if rope is None else rotate(y, rope)).to(x.dtype) for x, y in zip(xs, normed, strict=True)]
+    if rope is None:
+        normed = [apply_norm(x, inverse, w, weight_bias) for x, w in zip(xs, weights, strict=True)]
+    else:
+        normed = [apply_turned_norm(x, inverse, w, weight_bias, rope) for x, w in zip(xs, weights, strict=True)]
+    return [y.to(x.dtype) for x, y in zip(xs, normed, strict=True)]
 
 
 def qk_rms_norm(

@@ -1,4 +1,4 @@
-"""Rotary position embedding fused into the QK norm: the normed rows are rotated before their one rounding.
+"""Rotary position embedding fused into the QK norm: rows times gamma are rotated, then scaled and rounded once.
 
 With x1, x2 a pair of elements of a head and c, s the cosine and sine of its angle:
 `x1' = x1 c - x2 s`, `x2' = x2 c + x1 s`, in fp32 (RoFormer, Su et al. 2021). Pairs are (i, i + rotary_dim/2), the

@@ -92,7 +92,8 @@ void by_row() {
                         0,
                         norm_by_row<T, W, kGroups0, kGroups1, kAligned, kWarps, 1, kTurn>});
 }
-template <class T, u32 W, u32 kTensors, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, Turn kTurn = Turn::none>
+template <class T, u32 W, u32 kTensors, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, Turn kTurn = Turn::none,
+          u32 kEarly = 0>
 void by_block() {
   if constexpr (NORM_KINDS & 2)
     variants.push_back({Kind::block,
@@ -105,7 +106,7 @@ void by_block() {
                         0,
                         kVectors,
                         kRows,
-                        norm_by_block<T, kTensors, W, kVectors, kRows, kDeep, kAligned, 1024, 1, kTurn>});
+                        norm_by_block<T, kTensors, W, kVectors, kRows, kDeep, kAligned, 1024, 1, kTurn, kEarly>});
 }
 
 // What every type has in every world, and one of two sets of further ones.
@@ -121,13 +122,15 @@ void variants_of() {
     by_row<T, W, 2, 2, false, 1>();
     by_row<T, W, 8, 1, true, 4, Turn::halves>();
     by_block<T, W, 2, 8, 1, false, true>();
-    by_block<T, W, 2, 1, 4, true, true, Turn::neighbours>();
+    by_block<T, W, 2, 1, 4, true, true, Turn::neighbours, 4>();
+    by_block<T, W, 2, 2, 1, false, false, Turn::halves, 1>();
   }
   if constexpr (NORM_FEW < 2 && !kOther) {
     by_row<T, W, 1, 4, true, 4>();
     by_row<T, W, 4, 4, false, 2, Turn::neighbours>();
     by_block<T, W, 2, 2, 4, false, false>();
-    by_block<T, W, 2, 2, 2, true, true, Turn::halves>();
+    by_block<T, W, 2, 1, 4, true, true, Turn::halves, 2>();
+    by_block<T, W, 2, 8, 1, false, true, Turn::neighbours>();
     by_block<T, W, 1, 1, 4, true, true>();
   }
 }
@@ -199,15 +202,21 @@ void turn(Turn how, float* head, u32 rotary_dim, const float* cosines, const flo
   }
 }
 
-// rows[r]: rank r's row; becomes its result, not yet rounded.
-void rms_norm(std::vector<std::vector<float>>& rows, const std::vector<std::vector<float>>& gammas, float eps,
-              float bias) {
+// The factor of a row, of which rows[r] is rank r's part.
+float inverse_rms(const std::vector<std::vector<float>>& rows, float eps) {
   float total = sum_of_squares(rows[0]);
   for (size_t r = 1; r < rows.size(); ++r) total = total + sum_of_squares(rows[r]);
   float reciprocal = float(1.0 / double(rows.size() * rows[0].size()));
-  float inverse = 1.0f / std::sqrt(total * reciprocal + eps);
+  return 1.0f / std::sqrt(total * reciprocal + eps);
+}
+void scale(std::vector<std::vector<float>>& rows, float factor) {
+  for (std::vector<float>& row : rows) {
+    for (float& x : row) x *= factor;
+  }
+}
+void weigh(std::vector<std::vector<float>>& rows, const std::vector<std::vector<float>>& gammas, float bias) {
   for (size_t r = 0; r < rows.size(); ++r) {
-    for (size_t i = 0; i < rows[r].size(); ++i) rows[r][i] = (rows[r][i] * inverse) * (gammas[r][i] + bias);
+    for (size_t i = 0; i < rows[r].size(); ++i) rows[r][i] *= gammas[r][i] + bias;
   }
 }
 
@@ -665,8 +674,13 @@ class Sequence {
       for (u32 row = 0; row < call.rows; ++row) {
         for (u32 rank = 0; rank < setup_.world; ++rank)
           rows[rank] = values(from, rank, call.x[t].offset + row * call.x[t].stride);
-        rms_norm(rows, gammas, call.eps[t], call.bias);
-        if (v.turn != Turn::none) turn_rows(call, row, rows);
+        float inverse = inverse_rms(rows, call.eps[t]);
+        if (v.turn == Turn::none) scale(rows, inverse);
+        weigh(rows, gammas, call.bias);
+        if (v.turn != Turn::none) {
+          turn_rows(call, row, rows);
+          scale(rows, inverse);
+        }
         for (u32 rank = 0; rank < setup_.world; ++rank) {
           for (u32 i = 0; i < call.width[t]; ++i)
             put(to.type, to.expected[rank].data(), call.y[t].offset + row * call.y[t].stride + i, rows[rank][i]);

@@ -257,10 +257,11 @@ class Collective:
     def _scale(
         self, x: Tensor, inverse: Tensor, weight: Tensor, weight_bias: float, rope: Rope | None = None
     ) -> Tensor:
-        """`round((x * inverse) * (weight + weight_bias))`, rotated before. inverse is fp32 and so are both products."""
-        if rope is not None:
-            return rotate(torch.mul(x, inverse) * self._gamma(weight, weight_bias), rope).to(x.dtype)
+        """`round((x * inverse) * (weight + weight_bias))`, or `round(rotate(x * (weight + weight_bias)) * inverse)`.
+        inverse is fp32 and so are all products."""
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if rope is not None:
+            return torch.mul(rotate(x.float() * self._gamma(weight, weight_bias), rope), inverse, out=y)
         return torch.mul(torch.mul(x, inverse), self._gamma(weight, weight_bias), out=y)
 
     def _gamma(self, weight: Tensor, weight_bias: float) -> Tensor:
@@ -286,10 +287,12 @@ class Collective:
         parts = torch.empty(self.world * rows.shape[0], n, dtype=x.dtype, device=x.device)
         self._run(rows, lambda: _all_gather(parts, rows, group=self.group, async_op=True))
         whole = parts.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(1).float()
+        if rope is not None:
+            inverse = whole.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+            return self._scale(x, inverse, weight, weight_bias, rope)
         normed = torch.nn.functional.rms_norm(whole, (self.world * n,), None, eps)
         own = normed[:, self.group.rank() * n : (self.group.rank() + 1) * n]
-        y = own * self._gamma(weight, weight_bias)
-        return (y if rope is None else rotate(y, rope)).to(x.dtype)
+        return (own * self._gamma(weight, weight_bias)).to(x.dtype)
 
     def _all_reduce(self, buffer: Tensor) -> None:
         """Sum a contiguous buffer over the ranks, in place."""

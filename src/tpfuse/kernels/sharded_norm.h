@@ -22,6 +22,10 @@
 //   GPU at once.
 //   Every spin is bounded by the device clock. Who gives up writes the error record and leaves.
 //
+// A rotation (RoPE) is linear, and a row's factor is one number for a tensor: so rows are multiplied by gamma and turned
+// while the sums are under way, in fp32, and after the arrival only one product an element is left. norm_by_block does so
+// for as many rows of a step as it has registers (kEarly) and turns the others after the arrival, in the same order.
+//
 // Tried on 4x H200 and dropped (docs/qk-norm-performance.md has the figures):
 //   a warp for each group of 256 elements, each sending its own packet: not faster at one row, and 1.5x to 2x slower from
 //   1024 rows on, where the packets and polls of 7 warps a row get into each other's way;
@@ -74,7 +78,7 @@ struct NormArgs {
   float eps[2];
   float reciprocal[2];  // 1 / (width * W)
   float bias;           // added to gamma
-  u32 head_dim, rotary_dim;     // of the rotation, if there is one; powers of two
+  u32 head_dim, rotary_dim;     // of the rotation, if there is one; head_dim is a power of two
   u64 cosines, sines;           // fp32 [positions, rotary_dim / 2]
   u64 positions;                // i64 [rows]
 };
@@ -207,7 +211,7 @@ TPF_DEVICE float inverse_rms(float total, float reciprocal, float eps) {
   return div_rn(1.0f, sqrt_rn(add_rn(mul_rn(total, reciprocal), eps)));
 }
 
-// How a row is turned before its rounding (tpfuse.rope). Groups begin with a head, since head_dim divides 256, so a lane's
+// How a row is turned before its factor (tpfuse.rope). Groups begin with a head, since head_dim divides 256, so a lane's
 // elements have the same place in their head, and the same angles, in all groups of a row.
 enum class Turn { none, halves, neighbours };
 
@@ -233,21 +237,26 @@ class Rotation {
   TPF_DEVICE void load(const NormArgs& a, u64 begin) {
     static_assert(!kShared || kTurn == Turn::none);
     if constexpr (kTurn != Turn::none && !kShared) {
-      u32 first = aim(a);
+      u32 first = aim(a.head_dim, a.rotary_dim);
       TPF_UNROLL
       for (u32 v = 0; v < kVectors && turns_; ++v) {
         cosines_[v] = vector_of(a.cosines, begin, first + v);
         sines_[v] = vector_of(a.sines, begin, first + v);
+        if (kTurn == Turn::halves && !upper_) sines_[v] = negative(sines_[v]);
       }
     }
   }
-  // The row's angles lie in shared memory.
-  TPF_DEVICE void look_at(const NormArgs& a, const Vec16* cosines, const Vec16* sines) {
+  // The row's angles lie in shared memory. The compiler would keep these addresses in registers over the whole loop, and
+  // spill; it can't where it does not know that head_dim is still the same.
+  TPF_DEVICE void look_at(const NormArgs& a, const Vec16* cosines, const Vec16* sines, const Vec16* negative_sines) {
     if constexpr (kTurn != Turn::none && kShared) {
-      u32 first = aim(a);
+      u32 first = aim(shuffle(a.head_dim, 0), a.rotary_dim);
       cosines_ = cosines + first;
-      sines_ = sines + first;
+      sines_ = (kTurn == Turn::halves && !upper_ ? negative_sines : sines) + first;
     }
+  }
+  TPF_DEVICE static Vec16 negative(const Vec16& x) {
+    return Vec16{{x.w[0] ^ 1u << 31, x.w[1] ^ 1u << 31, x.w[2] ^ 1u << 31, x.w[3] ^ 1u << 31}};
   }
 
   // All lanes of the warp must come.
@@ -260,7 +269,7 @@ class Rotation {
         float cosine = float_of(c.w[n]), sine = float_of(s.w[n]);
         if constexpr (kTurn == Turn::halves) {
           u32 i = 4 * v + n;
-          float side = mul_rn(shuffle(x[i], partner_), upper_ ? sine : -sine);
+          float side = mul_rn(shuffle(x[i], partner_), sine);
           x[i] = turns_ ? add_rn(mul_rn(x[i], cosine), side) : x[i];
         } else {
           float first = x[2 * n], second = x[2 * n + 1];
@@ -273,14 +282,13 @@ class Rotation {
 
  private:
   // The first vector of a row's tables that this lane needs.
-  TPF_DEVICE u32 aim(const NormArgs& a) {
-    u32 place = lane() * kLaneElements % a.head_dim, half = a.rotary_dim / 2;
-    turns_ = place < a.rotary_dim;
-    if constexpr (kTurn == Turn::halves) {
-      upper_ = place >= half;
-      partner_ = upper_ ? lane() - half / kLaneElements : lane() + half / kLaneElements;
-    }
-    return (kTurn == Turn::halves ? place % half : place / 2) / 4;
+  TPF_DEVICE u32 aim(u32 head_dim, u32 rotary_dim) {
+    u32 place = lane() * kLaneElements & (head_dim - 1), half = rotary_dim / 2;
+    turns_ = place < rotary_dim;
+    if constexpr (kTurn == Turn::neighbours) return place / 8;
+    upper_ = place >= half;
+    partner_ = upper_ ? lane() - half / kLaneElements : lane() + half / kLaneElements;
+    return (upper_ ? place - half : place) / 4;
   }
 
   template <bool shared, u32 count>
@@ -296,16 +304,42 @@ class Rotation {
   bool upper_ = false, turns_ = false;
 };
 
-template <class T, Turn kTurn, bool kShared>
-TPF_DEVICE Lane<T> normed(const Lane<T>& lane, float inverse, const float* gamma,
-                          const Rotation<kTurn, kShared>& rotation) {
+// What a lane keeps of eight elements until their row's factor is known. A rotation is linear, so it is done before:
+// what is left to do with the factor is one product an element.
+template <class T, Turn kTurn>
+struct Kept {
   float x[8];
-  widen(lane, x);
-  TPF_UNROLL
-  for (int i = 0; i < 8; ++i) x[i] = mul_rn(mul_rn(x[i], inverse), gamma[i]);
-  rotation.turn(x);
-  return narrow<T>(x);
-}
+
+  template <bool kShared>
+  TPF_DEVICE void keep(const Lane<T>& lane, const float* gamma, const Rotation<kTurn, kShared>& rotation) {
+    widen(lane, x);
+    TPF_UNROLL
+    for (int i = 0; i < 8; ++i) x[i] = mul_rn(x[i], gamma[i]);
+    rotation.turn(x);
+  }
+  TPF_DEVICE Lane<T> normed(float inverse, const float*) const {
+    float y[8];
+    TPF_UNROLL
+    for (int i = 0; i < 8; ++i) y[i] = mul_rn(x[i], inverse);
+    return narrow<T>(y);
+  }
+};
+template <class T>
+struct Kept<T, Turn::none> {
+  Lane<T> lane;
+
+  template <class Rotation>
+  TPF_DEVICE void keep(const Lane<T>& own, const float*, const Rotation&) {
+    lane = own;
+  }
+  TPF_DEVICE Lane<T> normed(float inverse, const float* gamma) const {
+    float x[8];
+    widen(lane, x);
+    TPF_UNROLL
+    for (int i = 0; i < 8; ++i) x[i] = mul_rn(mul_rn(x[i], inverse), gamma[i]);
+    return narrow<T>(x);
+  }
+};
 
 TPF_DEVICE u32 group_count(u32 width) { return (width + kGroupElements - 1) / kGroupElements; }
 
@@ -446,6 +480,10 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
     const Vec16* slot = reinterpret_cast<const Vec16*>(inbox + row_slot(step));
     Rotation<kTurn, false> rotation;
     rotation.load(a, angles);
+    Kept<T, kTurn> kept[kGroups];
+    if (kTurn != Turn::none) sync_warp();  // or the compiler makes a second copy of all shuffles, for a divergent warp
+    TPF_UNROLL
+    for (u32 g = 0; g < kGroups; ++g) kept[g].keep(own[g], gammas[g][lane()], rotation);
     Vec16 packet = {};
     Patience patience;
     while (waits) {
@@ -469,7 +507,7 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
     TPF_UNROLL
     for (u32 g = 0; g < kGroups; ++g) {
       u32 t = g >= kGroups0 ? 1 : 0, at = (g - t * kGroups0) * kGroupElements + lane() * kLaneElements;
-      store_lane<T, kAligned>(y[t], at, a.width[t], normed(own[g], inverse[t], gammas[g][lane()], rotation));
+      store_lane<T, kAligned>(y[t], at, a.width[t], kept[g].normed(inverse[t], gammas[g][lane()]));
     }
   }
   if (lane() == 0) store_global(counter, step);
@@ -517,12 +555,15 @@ struct BlockStep {
     float of[kRows][kTensors];
   };
   using Angles = Rotation<kTurn, true>;
-  // Of the rotation, of each row.
+  // Of the rotation, of each row. Lower halves of heads turn with negative sines.
   struct Tables {
+    u64 begins[kRows];
     Vec16 cosines[kRows][Angles::kPairs / 4];
     Vec16 sines[kRows][Angles::kPairs / 4];
+    Vec16 negative_sines[kRows][Angles::kPairs / 4];
   };
   using Rows = Lane<T>[kRows][kVectors];
+  using Keeps = Kept<T, kTurn>[kRows][kVectors];
 
   const NormArgs& a;
   u32 groups0, groups1;
@@ -612,51 +653,77 @@ struct BlockStep {
     return true;
   }
 
-  // The rows' tables into shared memory, by `threads` threads of which this is the `index`-th. Done while sums are under
-  // way: a lane that loaded its own after that would wait twice, for the position and for the angles.
-  TPF_DEVICE void load_tables(u32 chunk, u32 index, u32 threads, Tables& tables) const {
+  // The last warps look after the tables: the first one is busy with packets.
+  TPF_DEVICE u32 last() const { return block_size() - 1 - thread_index(); }
+  // Where one row's angles begin. Loaded a step ahead, or the tables would wait for two trips.
+  TPF_DEVICE u64 begin_of(u32 chunk) const {
+    return last() < kRows ? Angles::begin_of(a, first_row(chunk) + last()) : 0;
+  }
+  TPF_DEVICE void leave_begin(u64 begin, Tables& tables) const {
+    if (kTurn != Turn::none && last() < kRows) tables.begins[last()] = begin;
+  }
+  // The rows' tables into shared memory, while sums are under way.
+  TPF_DEVICE void load_tables(Tables& tables) const {
     if constexpr (kTurn == Turn::none) return;
-    u32 vectors = a.rotary_dim / 8;
-    for (u32 i = index; i < kRows * vectors; i += threads) {
-      u32 r = i / vectors, vector = i % vectors, row = first_row(chunk) + r;
-      if (row >= a.rows) break;
-      u64 begin = Angles::begin_of(a, row);
-      tables.cosines[r][vector] = Angles::vector_of(a.cosines, begin, vector);
-      tables.sines[r][vector] = Angles::vector_of(a.sines, begin, vector);
+    for (u32 i = last(); i < kRows * a.rotary_dim / 8; i += block_size()) {
+      u32 r = i % kRows, vector = i / kRows;
+      tables.cosines[r][vector] = Angles::vector_of(a.cosines, tables.begins[r], vector);
+      Vec16 sines = Angles::vector_of(a.sines, tables.begins[r], vector);
+      tables.sines[r][vector] = sines;
+      if (kTurn == Turn::halves) tables.negative_sines[r][vector] = Angles::negative(sines);
     }
   }
 
-  TPF_DEVICE void store(u32 chunk, u32 v, const Rows& rows, const Inverses& inverses, const Tables& tables,
+  // Rows [from, to) of group v.
+  TPF_DEVICE void keep(u32 v, u32 from, u32 to, const Rows& rows, const Tables& tables, const float* gamma,
+                       Keeps& kept) const {
+    TPF_UNROLL
+    for (u32 r = from; r < to; ++r) {
+      Angles rotation;
+      rotation.look_at(a, tables.cosines[r], tables.sines[r], tables.negative_sines[r]);
+      kept[r][v].keep(rows[r][v], gamma, rotation);
+    }
+  }
+
+  TPF_DEVICE void store(u32 chunk, u32 v, u32 from, u32 to, const Keeps& kept, const Inverses& inverses,
                         const float* gamma) const {
     bool k = tensor(v) == 1;
     TPF_UNROLL
-    for (u32 r = 0; r < kRows; ++r) {
+    for (u32 r = from; r < to; ++r) {
       u32 row = first_row(chunk) + r;
       T* y = reinterpret_cast<T*>(k ? a.y[1] : a.y[0]) + row * (k ? a.y_stride[1] : a.y_stride[0]);
-      Angles rotation;
-      rotation.look_at(a, tables.cosines[r], tables.sines[r]);
-      Lane<T> lane = normed(rows[r][v], inverses.of[r][k ? 1 : 0], gamma, rotation);
+      Lane<T> lane = kept[r][v].normed(inverses.of[r][k ? 1 : 0], gamma);
       store_lane<T, kAligned>(y, at(v), row < a.rows ? (k ? a.width[1] : a.width[0]) : 0, lane);
     }
   }
 };
 
 // Block: 32 threads for every kVectors groups of both tensors. Grid: at most kBlockBlocks.
-// kDeep: the next rows are loaded while this chunk's sums are exchanged, and gamma stays in registers. Wide rows have no
-// registers for either, and on some architectures several rows have none. Peers can't tell.
+// kDeep: the next rows are loaded while this chunk's sums are exchanged, and gamma stays in registers, or in shared
+// memory where rows are turned. Wide rows have no registers for either, and on some architectures several rows have none.
+// kEarly: rows of a chunk that are turned while its sums are exchanged; the others are turned when these are stored.
+// Turned rows are fp32, twice the registers of 16-bit ones. Peers can't tell any of this.
 template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, u32 kThreads, u32 kResident,
-          Turn kTurn = Turn::none>
+          Turn kTurn = Turn::none, u32 kEarly = 0>
 TPF_KERNEL(kThreads, kResident)
 void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   using Step = BlockStep<T, kTensors, W, kVectors, kRows, kAligned, kTurn>;
+  static_assert(kEarly <= (kTurn == Turn::none ? 0 : kRows));
+  constexpr bool kSharesGamma = kDeep && kTurn != Turn::none;
+  using Gammas = float[kSharesGamma ? kVectors : 1][kSharesGamma ? kThreads : 1][8];
   TPF_SHARED(typename Step::Sums, sums);
   TPF_SHARED(typename Step::Inverses, inverses);
   TPF_SHARED(typename Step::Tables, tables);
+  TPF_SHARED(Gammas, shared_gamma);
   TPF_SHARED(u32, failed);
   Step work(a);
-  float gamma[kVectors][8];
+  float own_gamma[kVectors][8];
+  auto gamma_of = [&](u32 v) -> float(&)[8] {
+    if constexpr (kSharesGamma) return shared_gamma[v][thread_index()];
+    else return own_gamma[v];
+  };
   TPF_UNROLL
-  for (u32 v = 0; kDeep && v < kVectors; ++v) load_gamma(a, work.tensor(v), work.at(v), gamma[v]);
+  for (u32 v = 0; kDeep && v < kVectors; ++v) load_gamma(a, work.tensor(v), work.at(v), gamma_of(v));
   if (thread_index() == 0) failed = 0;
 
   dependency_trigger();
@@ -665,7 +732,9 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   u32 step = warp_index() == 0 ? load_global(counter) : 0;
   u32 chunks = (a.rows + kRows - 1) / kRows;
   typename Step::Rows rows, loading;
+  typename Step::Keeps kept;
   if (kDeep) work.load(block_index(), rows);
+  work.leave_begin(work.begin_of(block_index()), tables);
   for (u32 chunk = block_index(); chunk < chunks; chunk += grid_size()) {
     ++step;
     work.forget_addresses();
@@ -675,18 +744,30 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
     barrier();
     if (warp_index() == 0) {
       work.send(chunk, step, sums);
-      if (block_size() == kWarp) work.load_tables(chunk, lane(), kWarp, tables);
-      if (!work.receive(chunk, step, inverses)) failed = 1;
-    } else {
-      work.load_tables(chunk, thread_index() - kWarp, block_size() - kWarp, tables);
+      if (kEarly == 0 && !work.receive(chunk, step, inverses)) failed = 1;
+    }
+    u64 begin = work.begin_of(chunk + grid_size());
+    work.load_tables(tables);
+    if constexpr (kEarly > 0) {
+      barrier();
+      work.leave_begin(begin, tables);
+      TPF_UNROLL
+      for (u32 v = 0; v < kVectors; ++v) {
+        if (!kDeep) load_gamma(a, work.tensor(v), work.at(v), gamma_of(v));
+        work.keep(v, 0, kEarly, rows, tables, gamma_of(v), kept);
+      }
+      if (warp_index() == 0 && !work.receive(chunk, step, inverses)) failed = 1;
     }
     barrier();
     if (failed) return;
+    if (kEarly == 0) work.leave_begin(begin, tables);
     TPF_UNROLL
     for (u32 v = 0; v < kVectors; ++v) {
       work.forget_addresses();
-      if (!kDeep) load_gamma(a, work.tensor(v), work.at(v), gamma[v]);
-      work.store(chunk, v, rows, inverses, tables, gamma[v]);
+      if (!kDeep && kEarly == 0) load_gamma(a, work.tensor(v), work.at(v), gamma_of(v));
+      work.store(chunk, v, 0, kEarly, kept, inverses, gamma_of(v));
+      work.keep(v, kEarly, kRows, rows, tables, gamma_of(v), kept);
+      work.store(chunk, v, kEarly, kRows, kept, inverses, gamma_of(v));
     }
     TPF_UNROLL
     for (u32 r = 0; kDeep && r < kRows; ++r) {

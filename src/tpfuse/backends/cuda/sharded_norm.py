@@ -94,6 +94,13 @@ class Variant:
         needed = 0 if self.rows == 1 else DEEP_REGISTERS.get(arch, DEEP_REGISTERS_ELSEWHERE)
         return self.aligned and sum(self.groups) <= 16 and self.register_budget(arch) >= needed
 
+    def early(self, arch: str) -> int:
+        """Rows that the block kernel turns before their sums have arrived, which takes 8 registers a row and group."""
+        if self.turn == "none" or self.vectors > 2:
+            return 0
+        tight = self.turn == "halves" and self.deep(arch) and self.register_budget(arch) < DEEP_REGISTERS_ELSEWHERE
+        return min(self.rows, 2) if tight else self.rows
+
     @property
     def threads(self) -> int:
         return 32 * (ROW_WARPS if self.kernel == "row" else -(-sum(self.groups) // self.vectors))
@@ -128,9 +135,9 @@ class Variant:
             padded = [power_of_two(n) for n in self.groups] + [0] * (2 - len(self.groups))
             template = (kind, self.world, *padded, aligned, ROW_WARPS, self.budgeted(arch), turn)
             return f"tpfuse::norm_by_row<{', '.join(map(str, template))}>"
-        deep = str(self.deep(arch)).lower()
+        deep, last = str(self.deep(arch)).lower(), (turn, self.early(arch))
         template = (kind, len(self.groups), self.world, self.vectors, self.rows, deep, aligned)
-        return f"tpfuse::norm_by_block<{', '.join(map(str, (*template, self.threads, self.budgeted(arch), turn)))}>"
+        return f"tpfuse::norm_by_block<{', '.join(map(str, (*template, self.threads, self.budgeted(arch), *last)))}>"
 
     def grid(self, rows: int, multiprocessors: int) -> int:
         chunks = -(-rows // self.rows)
