@@ -25,7 +25,7 @@
 #ifndef NORM_KINDS  // a mask
 #define NORM_KINDS 3
 #endif
-#ifndef NORM_FEW  // 1: bf16 only; 2: of those, the two usual kernels
+#ifndef NORM_FEW  // 1: bf16 only; 2: of those, the two usual kernels; 3: one that turns rows before the sums arrive
 #define NORM_FEW 0
 #endif
 
@@ -112,8 +112,12 @@ void by_block() {
 // What every type has in every world, and one of two sets of further ones.
 template <class T, u32 W, bool kOther>
 void variants_of() {
-  by_row<T, W, 8, 1, true, 2>();
-  by_block<T, W, 2, 1, 4, true, true>();
+  if constexpr (NORM_FEW < 3) {
+    by_row<T, W, 8, 1, true, 2>();
+    by_block<T, W, 2, 1, 4, true, true>();
+  } else {
+    by_block<T, W, 2, 1, 4, true, true, Turn::halves, 2>();
+  }
   if constexpr (NORM_FEW < 2) {
     by_row<T, W, 4, 0, kOther, 3>();
     by_block<T, W, 1, 2, 2, true, kOther>();

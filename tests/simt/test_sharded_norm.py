@@ -44,6 +44,7 @@ BINARIES = {2: ODD, 3: ODD, 6: ODD, 4: EVEN, 8: EVEN}
 class Mutation(NamedTuple):
     replaced: dict[str, str]  # every occurrence of each text
     kinds: tuple[str, ...] = KINDS  # of the kernels in which it must be noticed
+    few: int = 2  # which kernels are compiled
 
 
 TORN = """
@@ -75,6 +76,7 @@ MUTATIONS = {
         {"barrier();\n    if (warp_index() == 0)": "if (warp_index() == 0)"}, ("block",)
     ),
     "no_barrier_after_exchange": Mutation({"barrier();\n    if (failed)": "if (failed)"}, ("block",)),
+    "no_barrier_before_turn": Mutation({"barrier();\n      work.leave_begin": "work.leave_begin"}, ("block",), few=3),
     "gamma_first": Mutation({"mul_rn(mul_rn(x[i], inverse), gamma[i])": "mul_rn(x[i], mul_rn(inverse, gamma[i]))"}),
 }
 
@@ -86,7 +88,7 @@ def mutant(name: str) -> Path:
         text = text.replace(old, new)
     header = kept(name, ".h", text)
     kinds = sum(1 << KINDS.index(kind) for kind in MUTATIONS[name].kinds)
-    return driver(name, WORLDS="2", FEW="2", KINDS=str(kinds), HEADER=f'"{header}"')
+    return driver(name, WORLDS="2", FEW=str(MUTATIONS[name].few), KINDS=str(kinds), HEADER=f'"{header}"')
 
 
 @pytest.fixture(scope="module", autouse=True)

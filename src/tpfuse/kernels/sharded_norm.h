@@ -522,6 +522,15 @@ TPF_DEVICE u64 block_slot(u64 workspace, u32 step, u32 source, u32 row) {
   return workspace + NormSlots::block_slots + (index * kBlockRows + row) * 16;
 }
 
+// A recursion: NVRTC does not unroll the loop everywhere, and puts x into local memory.
+template <u32 kHalf, u32 kCount>
+TPF_DEVICE float fold_halves(float (&x)[kCount]) {
+  TPF_UNROLL
+  for (u32 i = 0; i < kHalf; ++i) x[i] = add_rn(x[i], x[i + kHalf]);
+  if constexpr (kHalf > 1) return fold_halves<kHalf / 2>(x);
+  return x[0];
+}
+
 // The fold of `count` groups' sums by `kLanes` neighbouring lanes, of which this is number `s`.
 template <u32 kLanes>
 TPF_DEVICE float fold_groups(const float* sums, u32 count, u32 s) {
@@ -531,12 +540,7 @@ TPF_DEVICE float fold_groups(const float* sums, u32 count, u32 s) {
     float part[kEach];
     TPF_UNROLL
     for (u32 i = 0; i < kEach; ++i) part[i] = s + i * kLanes < count ? sums[s + i * kLanes] : 0.0f;
-    TPF_UNROLL
-    for (u32 half = kEach / 2; half > 0; half /= 2) {
-      TPF_UNROLL
-      for (u32 i = 0; i < half; ++i) part[i] = add_rn(part[i], part[i + half]);
-    }
-    x = part[0];
+    x = fold_halves<kEach / 2>(part);
   }
   TPF_UNROLL
   for (u32 mask = kLanes / 2; mask > 0; mask /= 2) x = add_rn(x, shuffle_xor(x, mask));
@@ -674,22 +678,22 @@ struct BlockStep {
     }
   }
 
-  // Rows [from, to) of group v.
-  TPF_DEVICE void keep(u32 v, u32 from, u32 to, const Rows& rows, const Tables& tables, const float* gamma,
-                       Keeps& kept) const {
+  // Of group v the rows [kFrom, kTo).
+  template <u32 kFrom, u32 kTo>
+  TPF_DEVICE void keep(u32 v, const Rows& rows, const Tables& tables, const float* gamma, Keeps& kept) const {
     TPF_UNROLL
-    for (u32 r = from; r < to; ++r) {
+    for (u32 r = kFrom; r < kTo; ++r) {
       Angles rotation;
       rotation.look_at(a, tables.cosines[r], tables.sines[r], tables.negative_sines[r]);
       kept[r][v].keep(rows[r][v], gamma, rotation);
     }
   }
 
-  TPF_DEVICE void store(u32 chunk, u32 v, u32 from, u32 to, const Keeps& kept, const Inverses& inverses,
-                        const float* gamma) const {
+  template <u32 kFrom, u32 kTo>
+  TPF_DEVICE void store(u32 chunk, u32 v, const Keeps& kept, const Inverses& inverses, const float* gamma) const {
     bool k = tensor(v) == 1;
     TPF_UNROLL
-    for (u32 r = from; r < to; ++r) {
+    for (u32 r = kFrom; r < kTo; ++r) {
       u32 row = first_row(chunk) + r;
       T* y = reinterpret_cast<T*>(k ? a.y[1] : a.y[0]) + row * (k ? a.y_stride[1] : a.y_stride[0]);
       Lane<T> lane = kept[r][v].normed(inverses.of[r][k ? 1 : 0], gamma);
@@ -754,7 +758,7 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
       TPF_UNROLL
       for (u32 v = 0; v < kVectors; ++v) {
         if (!kDeep) load_gamma(a, work.tensor(v), work.at(v), gamma_of(v));
-        work.keep(v, 0, kEarly, rows, tables, gamma_of(v), kept);
+        work.template keep<0, kEarly>(v, rows, tables, gamma_of(v), kept);
       }
       if (warp_index() == 0 && !work.receive(chunk, step, inverses)) failed = 1;
     }
@@ -765,9 +769,9 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
     for (u32 v = 0; v < kVectors; ++v) {
       work.forget_addresses();
       if (!kDeep && kEarly == 0) load_gamma(a, work.tensor(v), work.at(v), gamma_of(v));
-      work.store(chunk, v, 0, kEarly, kept, inverses, gamma_of(v));
-      work.keep(v, kEarly, kRows, rows, tables, gamma_of(v), kept);
-      work.store(chunk, v, kEarly, kRows, kept, inverses, gamma_of(v));
+      work.template store<0, kEarly>(chunk, v, kept, inverses, gamma_of(v));
+      work.template keep<kEarly, kRows>(v, rows, tables, gamma_of(v), kept);
+      work.template store<kEarly, kRows>(chunk, v, kept, inverses, gamma_of(v));
     }
     TPF_UNROLL
     for (u32 r = 0; kDeep && r < kRows; ++r) {

@@ -95,10 +95,11 @@ class Variant:
         return self.aligned and sum(self.groups) <= 16 and self.register_budget(arch) >= needed
 
     def early(self, arch: str) -> int:
-        """Rows that the block kernel turns before their sums have arrived, which takes 8 registers a row and group."""
+        """Rows that the block kernel turns before their sums have arrived, at 8 registers a row and group. Beside the
+        next rows, 72 registers have room for two; with more, NVRTC spills 8 to 52 bytes."""
         if self.turn == "none" or self.vectors > 2:
             return 0
-        tight = self.turn == "halves" and self.deep(arch) and self.register_budget(arch) < DEEP_REGISTERS_ELSEWHERE
+        tight = self.deep(arch) and self.register_budget(arch) < DEEP_REGISTERS_ELSEWHERE
         return min(self.rows, 2) if tight else self.rows
 
     @property
