@@ -378,17 +378,17 @@ class Communicator:
         self._check_usable()
         gpu = self.device.type == "cuda"
         capturing = gpu and torch.cuda.is_current_stream_capturing()
-        if gpu and not self._prepared:
-            if capturing:
-                raise Unsupported(
-                    f"{call.op}: first call of {self!r} inside a CUDA graph capture. "
-                    "Call prepare() on every rank before."
-                )
-            self.prepare()
         if route is None:
             route = self.plan.route(call.op, call.rows)
         if self._cuda is not None and route.backend == "cuda":
             route = self._fallback(call.op, unfit) if unfit else self._cuda.refine(route, call)
+        if gpu and not self._prepared and route.backend == "collective":  # the same on every rank, as routes are
+            if capturing:
+                raise Unsupported(
+                    f"{call.op}: first call of {self!r} that torch.distributed serves, inside a CUDA graph capture. "
+                    "Call prepare() on every rank before."
+                )
+            self.prepare()
         counter = self._counter(route)
         counter.calls += 1
         counter.rows += call.rows

@@ -55,10 +55,10 @@ current: Engaged | None = None
 
 def engage(mode: str, group: Any, against: str = "") -> Engaged:
     """Make this worker's Communicator, if its mode needs one. Collective over the TP group, which vLLM has as `group`.
+    It is not prepared: all calls are the kernels', so torch.distributed needs no NCCL communicator, which takes memory.
 
     against: why tpfuse stays out, the same on every rank."""
     global current
-    disengage()
     if against:
         current = Engaged(mode, "off", against, group)
         return current
@@ -72,7 +72,6 @@ def engage(mode: str, group: Any, against: str = "") -> Engaged:
         return current
     plan = comm.plan
     if plan.effective_mode == "fused":
-        comm.prepare()
         current = Engaged(mode, "fused", "", group, comm)
     else:
         reasons = sorted({route.reason for route in plan.routes if route.reason})
