@@ -234,9 +234,14 @@ def test_what_vllm_computes_is_what_tpfuse_computes(name, wide):
         lambda norm, scale: (norm.float() * scale.reciprocal()).clamp(-240.0, 240.0).to(torch.float8_e4m3fn),
         lambda norm, scale: static(norm, norm.float().abs().max().reshape(1) * 0 + scale.repeat(3).unsqueeze(-1))[0],
         lambda norm, scale: per_token(norm * 2, scale)[0],
+        lambda norm, scale: static(norm, (norm.abs().max().unsqueeze(-1).float() / 448.0).clamp(min=1e-6))[0],
+        lambda norm, scale: static_kernel(norm, (norm.abs().max().unsqueeze(-1).float() / 448.0).clamp(min=1e-6))[0],
     ],
-    ids=["no reciprocal", "another range", "a scale for each row from elsewhere", "of another tensor"],
-)
+    ids=[
+        "no reciprocal", "another range", "a scale for each row from elsewhere", "of another tensor",
+        "a scale of the norm itself", "a scale of the norm itself, kernel",
+    ],
+)  # fmt: skip
 def test_another_quantisation_stays_behind_the_fused_norm(other, wide):
     def boundary(x, w, scale):
         return other(ops.rms_norm(all_reduce(x), w, 1e-6), scale)
@@ -244,6 +249,28 @@ def test_another_quantisation_stays_behind_the_fused_norm(other, wide):
     module = traced(boundary, rows(3, 256), rows(256), torch.tensor([0.02]))
     findings = fuse(module.graph, TARGETS)
     assert (findings.fused, findings.quantised) == (1, 0)
+    module.graph.lint()
+
+
+def test_where_something_raises_the_graph_still_computes_the_same(serving):
+    seen = []
+
+    def keep(norm):
+        seen.append(norm)
+        if len(seen) == 3:
+            raise RuntimeError("unexpected")
+        return ""
+
+    given = stand_ins.inputs(0, torch.float32)
+    module = traced(stand_ins.model, *given)
+    expected = module(*given)
+    with pytest.raises(RuntimeError, match="unexpected"):
+        fuse(module.graph, TARGETS, keep=keep)
+    module.graph.lint()
+    module.recompile()
+    assert count(module.graph)["all_reduce"] == SITES - 2
+    for y, reference_y in zip(module(*given), expected, strict=True):
+        torch.testing.assert_close(y, reference_y)
 
 
 # What is left
@@ -268,6 +295,11 @@ X, R, W = rows(3, WIDTH), rows(3, WIDTH), rows(WIDTH)
             "the residual is torch.float32, the sum torch.bfloat16",
             lambda x, r, w: ops.fused_add_rms_norm(all_reduce(x), r, w, 1e-6),
             (X, R.float(), W),
+        ),
+        (
+            "gamma is [64], strides [0], rows have 64 elements",
+            lambda x, w: ops.rms_norm(all_reduce(x), w[:1].expand(WIDTH), 1e-6),
+            (X, W),
         ),
         (
             "x is torch.float64, gamma torch.bfloat16",

@@ -77,22 +77,24 @@ def fuse(
 ) -> Findings:
     """Fuse what can be fused. keep: says of a norm why it must stay as it is. rewrite=False: only look."""
     findings = Findings()
-    for node in list(graph.nodes):
-        if not _calls(node, targets.all_reduce) or arguments(node)["group_name"] != targets.group:
-            continue
-        try:
-            site = _find(node, targets)
-            if reason := keep(site.norm):
-                raise _Unfit(reason)
-        except _Unfit as reason:
-            findings.left.append(f"{origin(node)}: {reason}")
-            continue
+    try:
+        for node in list(graph.nodes):
+            if not _calls(node, targets.all_reduce) or arguments(node)["group_name"] != targets.group:
+                continue
+            try:
+                site = _find(node, targets)
+                if reason := keep(site.norm):
+                    raise _Unfit(reason)
+            except _Unfit as reason:
+                findings.left.append(f"{origin(node)}: {reason}")
+                continue
+            if rewrite:
+                findings.quantised += _rewrite(graph, site)
+            findings.fused += 1
+    finally:  # also where something raised: what was fused before stands, and the graph must be whole
         if rewrite:
-            findings.quantised += _rewrite(graph, site)
-        findings.fused += 1
-    if findings.fused and rewrite:
-        stable_topological_sort(graph)  # users of a sum may stand before the norm
-        graph.eliminate_dead_code()
+            stable_topological_sort(graph)  # users of a sum may stand before the norm
+            graph.eliminate_dead_code()
     return findings
 
 
@@ -142,8 +144,8 @@ def _check(site: _Site, targets: Targets) -> None:
         raise _Unfit(f"rows of {width} elements; tpfuse takes {targets.max_hidden}")
     if reason := why_not(width):
         raise _Unfit(reason)
-    if list(weight.shape) != [width]:
-        raise _Unfit(f"gamma is {list(weight.shape)}, rows have {width} elements")
+    if list(weight.shape) != [width] or weight.stride(0) != 1:
+        raise _Unfit(f"gamma is {list(weight.shape)}, strides {list(weight.stride())}, rows have {width} elements")
     if x.stride(-1) != 1:
         raise _Unfit("elements of a row are not contiguous")
     if site.residual is not None:
@@ -182,11 +184,25 @@ def _rewrite(graph: fx.Graph, site: _Site) -> bool:
 
 
 def quantised_of(site: _Site) -> Quantised | None:
-    """The quantisation behind a site's norm, where rows go into its groups."""
+    """The quantisation behind a site's norm, where rows go into its groups and its scale is there before the norm."""
     normed = _normed(site)
     found = None if normed is None else behind(normed)
-    grouped = found is not None and found.kind.startswith("fp8_per_group")
-    return None if grouped and _value(site.x).shape[-1] % FP8PerGroup.group else found
+    if found is None or (found.kind.startswith("fp8_per_group") and _value(site.x).shape[-1] % FP8PerGroup.group):
+        return None
+    return None if found.given is not None and _made_from(found.given, site.norm) else found
+
+
+def _made_from(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node needs another one: a scale of the whole tensor, say, needs the norm that it is the scale of."""
+    todo, seen = [node], set()
+    while todo:
+        at = todo.pop()
+        if at is source:
+            return True
+        if at not in seen and source < at:  # what stands before the other one can't need it
+            seen.add(at)
+            todo += at.all_input_nodes
+    return False
 
 
 def _normed(site: _Site) -> fx.Node | None:
@@ -242,7 +258,10 @@ def _gamma(weight: fx.Node) -> tuple[fx.Node, float]:
 
 def _keeps_width(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node is a view that only rearranges rows."""
-    return node.target in VIEWS and _value(node).shape[-1] == _value(source).shape[-1]
+    if node.target not in VIEWS:
+        return False
+    ours, theirs = _value(node).shape[-1:], _value(source).shape[-1:]
+    return all(isinstance(width, int) for width in (*ours, *theirs)) and ours == theirs  # symbols would make guards
 
 
 def _calls(node: fx.Node, target: Any) -> bool:
