@@ -13,7 +13,7 @@ import vllm_stand_ins as stand_ins
 
 from tpfuse import Rope
 from tpfuse.errors import CommunicatorClosed, InvalidArgument
-from tpfuse.integrations.vllm import functions, operators, plugin, qk_norm, register, settings, state
+from tpfuse.integrations.vllm import functions, operators, passes, plugin, qk_norm, register, settings, state
 
 
 @pytest.fixture
@@ -116,6 +116,82 @@ def test_a_tpfuse_that_raises_leaves_vllm_serving(vllm, log, monkeypatch):
     vllm.groups.destroy_model_parallel()
     assert vllm.calls[-1] == ("destroy",)
     assert state.current is None
+
+
+@pytest.mark.parametrize("what", ["state", "passes"])
+def test_what_can_not_be_imported_leaves_vllm_serving(what, vllm, log, monkeypatch):
+    monkeypatch.setenv("TPFUSE_VLLM", "control")
+    path, name = f"tpfuse.integrations.vllm.{what}", "tpfuse.integrations.vllm"
+    monkeypatch.delattr(sys.modules[name], what, raising=False)
+    monkeypatch.setitem(sys.modules, path, None)
+    register()
+    vllm.groups.initialize_model_parallel(2, 1)
+    assert vllm.calls == [("initialize", (2, 1))]
+    assert f"import of {path} halted" in log.text or f"cannot import name '{what}'" in log.text
+    assert vllm.envs.compile_factors()["TPFUSE_VLLM"].startswith("off " if what == "state" else "control ")
+    vllm.groups.destroy_model_parallel()
+    assert vllm.calls[-1] == ("destroy",)
+
+
+@pytest.fixture
+def manager(vllm, monkeypatch):
+    """A stand-in for vLLM's pass manager, in which our pass has found its place."""
+    monkeypatch.setenv("TPFUSE_VLLM", "control")
+    monkeypatch.setattr(passes, "KNOWN", {})
+    names = "vllm.ir", "vllm.ir.ops", "vllm.compilation", "vllm.compilation.passes"
+    modules = {name: ModuleType(name) for name in names}
+    found = modules["vllm.compilation.passes.inductor_pass"] = ModuleType("vllm.compilation.passes.inductor_pass")
+    found.InductorPass = object
+    found = modules["vllm.compilation.passes.pass_manager"] = ModuleType("vllm.compilation.passes.pass_manager")
+    found.PostGradPassManager = type(
+        "PostGradPassManager", (), {"configure": lambda self, config: setattr(self, "passes", [])}
+    )
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    register()
+    vllm.groups.initialize_model_parallel(2)
+    return found.PostGradPassManager()
+
+
+def test_a_pass_that_raises_leaves_vllm_its_graph(manager, log):
+    manager.configure(None)
+    (ours,) = manager.passes
+    graph = torch.fx.Graph()
+    ours(graph)  # there is no torch.ops.vllm here
+    assert "all-reduce + norm: left to vLLM: AttributeError" in log.text
+    assert "all-reduces left in compiled graphs: 1x a graph where tpfuse raised" in state.current.summary()
+
+
+def test_a_pass_that_finds_no_place_leaves_vllm_its_passes(manager, vllm, log):
+    def none():
+        raise AssertionError("no TP group")
+
+    vllm.groups.get_tp_group = none
+    manager.configure(None)
+    assert manager.passes == []
+    assert "all-reduce + norm: left to vLLM: AssertionError: no TP group" in log.text
+
+
+def test_who_imported_a_function_by_name_has_ours_too(vllm, log, monkeypatch):
+    executor = ModuleType("vllm.v1.executor")
+    executor.destroy_model_parallel = vllm.groups.destroy_model_parallel
+    monkeypatch.setitem(sys.modules, executor.__name__, executor)
+    monkeypatch.setenv("TPFUSE_VLLM", "control")
+    register()
+    vllm.groups.initialize_model_parallel(2)
+    executor.destroy_model_parallel()
+    assert vllm.calls[-1] == ("destroy",)
+    assert state.current is None
+
+
+def test_a_second_engine_of_one_rank_has_nothing_of_the_first(vllm, log, monkeypatch):
+    monkeypatch.setenv("TPFUSE_VLLM", "control")
+    register()
+    vllm.groups.initialize_model_parallel(2)
+    vllm.group.world_size = 1
+    vllm.groups.initialize_model_parallel(1)
+    assert state.current is None
+    assert vllm.envs.compile_factors()["TPFUSE_VLLM"].startswith("off ")
 
 
 def test_a_backend_without_kernels_stays_out_with_its_reason(vllm, log, alone):
@@ -222,7 +298,9 @@ def stock_qk(*args):
     return "vLLM's own", args
 
 
-@pytest.mark.parametrize("case", ["no worker", "control", "another world", "too wide", "another dtype"])
+@pytest.mark.parametrize(
+    "case", ["no worker", "control", "another world", "too wide", "another dtype", "another gamma"]
+)
 def test_the_qk_operator_calls_through_where_it_does_not_serve(case, alone):
     qkv, q_weight, k_weight = qkv_of()
     tp_world, q_size = alone.world, 32
@@ -234,6 +312,8 @@ def test_the_qk_operator_calls_through_where_it_does_not_serve(case, alone):
         q_size = 65
     if case == "another dtype":
         qkv = qkv.double()
+    if case == "another gamma":
+        k_weight = k_weight.double()
     try:
         called = qk_norm.operator_for(stock_qk)(qkv, q_weight, k_weight, q_size, 16, 0, tp_world, 1e-6, None)
         assert called == ("vLLM's own", (qkv, q_weight, k_weight, q_size, 16, 0, tp_world, 1e-6, None))
@@ -326,6 +406,33 @@ def test_a_head_that_the_kernels_do_not_rotate_is_left_to_vllm(serving, log):
     assert "cuda kernels rotate heads of a power of two" in log.text
 
 
+def test_an_attention_that_raises_while_it_is_looked_at_is_vllms(serving, log, monkeypatch):
+    class Attention(StandInAttention):
+        def forward(self, positions, hidden_states):
+            return "vLLM's own"
+
+    config = ModuleType("vllm.config")
+    hf = SimpleNamespace(architectures=["MiniMaxM2ForCausalLM"])
+    config.get_current_vllm_config = lambda: SimpleNamespace(model_config=SimpleNamespace(hf_config=hf))
+    base = ModuleType("vllm.model_executor.layers.rotary_embedding.base")
+    base.RotaryEmbedding = StandInRotary
+    model = ModuleType("vllm.model_executor.models.minimax_m2")
+    model.MiniMaxM2Attention = Attention
+    for module in (config, base, model):
+        parts = module.__name__.split(".")
+        for n in range(1, len(parts)):
+            parent = ".".join(parts[:n])
+            monkeypatch.setitem(sys.modules, parent, sys.modules.get(parent, ModuleType(parent)))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(qk_norm, "FORWARD", Attention.forward.__code__.co_names)
+    qk_norm._install_rope()
+    rotary = StandInRotary()
+    del rotary.cos_sin_cache
+    attention = Attention(rotary)
+    assert attention(None, None) == "vLLM's own"
+    assert "RoPE in the QK norm: left to vLLM: AttributeError" in log.text
+
+
 def test_without_rotation_the_attention_is_vllms(serving):
     forward = qk_norm.forward_for(lambda self, positions, hidden_states: "vLLM's own")
     assert forward(SimpleNamespace(tpfuse_rope=False), None, None) == "vLLM's own"
@@ -343,7 +450,7 @@ def test_functions_are_replaced_where_they_were_imported_before(monkeypatch):
     for module in (home, importer, stranger):
         module.boundary = stock_boundary
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    functions.rebind("boundary", stock_boundary, ours := functions.boundary_for(stock_boundary, 1.0))
+    plugin.rebind("boundary", stock_boundary, ours := functions.boundary_for(stock_boundary, 1.0))
     assert home.boundary is importer.boundary is ours
     assert stranger.boundary is stock_boundary
 
@@ -357,7 +464,7 @@ def test_a_function_serves_gemmas_norm(serving):
     assert torch.equal(y[1], exact.residual)
 
 
-@pytest.mark.parametrize("case", ["control", "another residual", "no eps", "too wide"])
+@pytest.mark.parametrize("case", ["control", "another residual", "another gamma", "no eps", "too wide"])
 def test_a_function_calls_through_where_it_does_not_serve(case, alone):
     width = 65 if case == "too wide" else 64
     norm = SimpleNamespace(weight=torch.rand(width))
@@ -365,6 +472,8 @@ def test_a_function_calls_through_where_it_does_not_serve(case, alone):
         norm.variance_epsilon = 1e-5
     x = torch.randn(3, width)
     residual = x.bfloat16() if case == "another residual" else x
+    if case == "another gamma":
+        norm.weight = norm.weight.double()
     state.current = stand_ins.engaged(alone, "control" if case == "control" else "fused")
     try:
         assert functions.boundary_for(stock_boundary, 1.0)(x, residual, norm) == "vLLM's own"

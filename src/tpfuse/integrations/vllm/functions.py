@@ -5,7 +5,6 @@ They are replaced in their module, and in modules that imported them by name bef
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from inspect import signature
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from tpfuse.backends.cuda.all_reduce import why_not
+from tpfuse.checks import DTYPES
 from tpfuse.integrations.vllm import operators, state  # noqa: F401  operators: registers torch.ops.tpfuse_vllm
+from tpfuse.integrations.vllm.plugin import rebind
 
-WHAT = "all-reduce + norm as a function"
 PARAMETERS = ("hidden_states", "residual", "norm")
 LAYERS = "vllm.model_executor.layers"
 # module, function, what the norm adds to its gamma; the second came after vLLM 0.24
@@ -45,13 +45,6 @@ def install() -> None:
         rebind(name, stock, boundary_for(stock, weight_bias))
 
 
-def rebind(name: str, stock: Boundary, ours: Boundary) -> None:
-    """Put `ours` wherever a module of vLLM has `stock` under its name."""
-    for path, module in list(sys.modules.items()):
-        if path.startswith("vllm.") and getattr(module, name, None) is stock:
-            setattr(module, name, ours)
-
-
 def boundary_for(stock: Boundary, weight_bias: float) -> Boundary:
     """The function that serves what it can, and calls through to vLLM's own for the rest."""
 
@@ -71,8 +64,11 @@ def boundary_for(stock: Boundary, weight_bias: float) -> Boundary:
 
 
 def serves(engaged: state.Engaged, x: Tensor, residual: Tensor, norm: Any) -> bool:
-    comm = engaged.comm
+    """From what is the same on every rank."""
+    comm, gamma = engaged.comm, norm.weight
     if comm is None or engaged.effective != "fused" or not hasattr(norm, "variance_epsilon"):
         return False
-    width = x.shape[-1]
-    return x.shape == residual.shape and x.dtype == residual.dtype and width <= comm.max_hidden and not why_not(width)
+    width, strides = x.shape[-1], (x.stride(-1), residual.stride(-1), gamma.stride(-1))
+    known = x.dtype == residual.dtype and x.dtype in DTYPES and gamma.dtype in DTYPES
+    fits = x.shape == residual.shape and gamma.shape == (width,) and strides == (1, 1, 1)
+    return known and fits and width <= comm.max_hidden and not why_not(width)

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from tpfuse.integrations.vllm import graph, settings, state
-from tpfuse.integrations.vllm.plugin import replace
+from tpfuse.integrations.vllm.plugin import guarded, replace
 from tpfuse.integrations.vllm.settings import LOG
 
 WHAT = "all-reduce + norm"
@@ -43,20 +43,24 @@ def install() -> None:
             self._engaged, self._nvfp4 = engaged, nvfp4
 
         def __call__(self, found: fx.Graph) -> None:
-            apply(found, self._engaged, self._nvfp4)
+            if not guarded(WHAT, lambda: apply(found, self._engaged, self._nvfp4)):
+                self._engaged.left["a graph where tpfuse raised"] += 1
 
         def uuid(self) -> str:
             return settings.fingerprint(self._engaged.effective)
 
     def configure(stock: Callable[..., Any], manager: Any, config: Any) -> Any:
         result = stock(manager, config)
+        guarded(WHAT, lambda: place(manager))
+        return result
+
+    def place(manager: Any) -> None:
         engaged = state.current
         if engaged is not None and engaged.effective != "off" and is_ours(engaged):
             names = [type(pass_).__name__ for pass_ in manager.passes]
             at = next((i for i, name in enumerate(names) if name not in EARLIER), len(names))
             manager.passes.insert(at, TpfusePass(engaged, nvfp4=REDUCES in names))
             LOG.debug("passes: %s", [type(pass_).__name__ for pass_ in manager.passes])
-        return result
 
     replace(PostGradPassManager, "configure", configure)
 

@@ -15,14 +15,17 @@ Design record
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 from tpfuse.integrations.vllm import settings
 from tpfuse.integrations.vllm.settings import LOG, NAME
 
-FEATURES = ("passes", "qk_norm", "functions")  # modules beside this one, each with an install()
+# modules beside this one, each with an install(), and what they replace
+FEATURES = {"passes": "all-reduce + norm", "qk_norm": "QK norm", "functions": "all-reduce + norm as a function"}
 
 
 def register() -> None:
@@ -55,11 +58,11 @@ def _hook(mode: str) -> None:
 
     def initialize(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = stock(*args, **kwargs)
-        _guarded("the start of this worker", lambda: _engage(mode, parallel_state))
+        guarded("the start of this worker", lambda: _engage(mode, parallel_state))
         return result
 
     def destroy(stock: Callable[..., Any]) -> Any:
-        _guarded("the end of this worker", _disengage)
+        guarded("the end of this worker", _disengage)
         return stock()
 
     replace(envs, "compile_factors", factors)
@@ -79,6 +82,15 @@ def replace(owner: Any, name: str, ours: Callable[..., Any]) -> None:
 
     replacement.tpfuse_stock = stock  # type: ignore[attr-defined]
     setattr(owner, name, replacement)
+    if isinstance(owner, ModuleType):
+        rebind(name, stock, replacement)
+
+
+def rebind(name: str, stock: Callable[..., Any], ours: Callable[..., Any]) -> None:
+    """Put `ours` wherever a module of vLLM has `stock` under its name: imported before, or by `import *`."""
+    for path, module in list(sys.modules.items()):
+        if path.partition(".")[0] == "vllm" and getattr(module, "__dict__", {}).get(name) is stock:
+            setattr(module, name, ours)
 
 
 def _engage(mode: str, parallel_state: Any) -> None:
@@ -89,6 +101,7 @@ def _engage(mode: str, parallel_state: Any) -> None:
 
     from tpfuse.integrations.vllm import state
 
+    state.disengage()
     group = parallel_state.get_tp_group()
     if group.world_size == 1:
         return
@@ -98,23 +111,26 @@ def _engage(mode: str, parallel_state: Any) -> None:
     if engaged.effective == "off":
         LOG.warning("%s", engaged)
         return
-    for feature in FEATURES:
-        module = import_module(f"tpfuse.integrations.vllm.{feature}")
-        _guarded(module.WHAT, module.install)
-    _guarded("the report after warm-up", _report_after_warm_up)
+    for feature, what in FEATURES.items():
+        guarded(what, lambda name=feature: import_module(f"tpfuse.integrations.vllm.{name}").install())  # type: ignore[misc]
+    guarded("the report after warm-up", _report_after_warm_up)
     LOG.info("%s", engaged)
 
 
 def _disengage() -> None:
-    from tpfuse.integrations.vllm import state
-
-    state.disengage()
+    state = _state()
+    if state is not None:
+        state.disengage()
 
 
 def _effective() -> str:
-    from tpfuse.integrations.vllm import state
+    state = _state()
+    return "off" if state is None or state.current is None else state.current.effective
 
-    return "off" if state.current is None else state.current.effective
+
+def _state() -> Any:
+    """The module, if a worker could import it: vLLM's keys and its end must not depend on that."""
+    return sys.modules.get("tpfuse.integrations.vllm.state")
 
 
 def _report_after_warm_up() -> None:
@@ -132,12 +148,14 @@ def _report_after_warm_up() -> None:
     replace(Worker, "compile_or_warm_up_model", warm_up)
 
 
-def _guarded(what: str, step: Callable[[], None]) -> None:
-    """Run a step; where it fails, vLLM's own path is left as it is."""
+def guarded(what: str, step: Callable[[], None]) -> bool:
+    """Run a step; where it fails, vLLM's own path is left as it is. Returns whether it went well."""
     try:
         step()
     except Exception as error:
         LOG.warning("%s: left to vLLM: %s: %s", what, type(error).__name__, error, exc_info=_debugging())
+        return False
+    return True
 
 
 def _debugging() -> bool:

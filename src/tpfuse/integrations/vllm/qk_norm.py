@@ -18,11 +18,10 @@ from torch import Tensor
 from tpfuse.backends.cuda.sharded_norm import why_not
 from tpfuse.checks import DTYPES
 from tpfuse.integrations.vllm import operators, state  # noqa: F401  operators: registers torch.ops.tpfuse_vllm
-from tpfuse.integrations.vllm.plugin import replace
+from tpfuse.integrations.vllm.plugin import guarded, replace
 from tpfuse.integrations.vllm.settings import LOG
 from tpfuse.rope import Rope
 
-WHAT = "QK norm"
 PARAMETERS = ("qkv", "q_weight", "k_weight", "q_size", "kv_size", "tp_rank", "tp_world", "eps", "workspace")
 FORWARD = (
     "qkv_proj", "MiniMaxText01RMSNormTP", "forward_qkv", "q_norm", "k_norm", "q_size", "kv_size", "rotary_emb", "attn",
@@ -66,7 +65,7 @@ def operator_for(stock: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., t
         workspace: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         engaged = state.current
-        if engaged is None or not serves(engaged, qkv, q_size, kv_size, tp_world):
+        if engaged is None or not serves(engaged, qkv, q_weight, k_weight, q_size, kv_size, tp_world):
             if engaged is not None:
                 engaged.stock[state.QK_NORM].add(q_weight.data_ptr())
             return stock(qkv, q_weight, k_weight, q_size, kv_size, tp_rank, tp_world, eps, workspace)
@@ -76,12 +75,17 @@ def operator_for(stock: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., t
     return minimax_qk_norm_fusion
 
 
-def serves(engaged: state.Engaged, qkv: Tensor, q_size: int, kv_size: int, tp_world: int) -> bool:
+def serves(
+    engaged: state.Engaged, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, q_size: int, kv_size: int, tp_world: int
+) -> bool:
     """From what is the same on every rank."""
     comm = engaged.comm
     if comm is None or engaged.effective != "fused" or tp_world != comm.world:
         return False
-    return qkv.dtype in DTYPES and q_size <= comm.max_hidden and not unfit(q_size, kv_size)
+    known = qkv.dtype in DTYPES and q_weight.dtype in DTYPES and k_weight.dtype in DTYPES
+    strides = (qkv.stride(-1), q_weight.stride(-1), k_weight.stride(-1))
+    fits = (q_weight.shape, k_weight.shape) == ((q_size,), (kv_size,)) and strides == (1, 1, 1)
+    return known and fits and q_size <= comm.max_hidden and not unfit(q_size, kv_size)
 
 
 @cache
@@ -109,7 +113,8 @@ def _install_rope() -> None:
 
     def build(stock: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> None:
         stock(attention, *args, **kwargs)
-        attention.tpfuse_rope = _tables(attention, RotaryEmbedding)
+        attention.tpfuse_rope = False
+        guarded("RoPE in the QK norm", lambda: setattr(attention, "tpfuse_rope", _tables(attention, RotaryEmbedding)))
 
     replace(MiniMaxM2Attention, "__init__", build)
     if not hasattr(MiniMaxM2Attention.forward, "tpfuse_stock"):

@@ -8,7 +8,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-from tpfuse import __version__
+import tpfuse
 from tpfuse.errors import InvalidArgument
 
 NAME = "TPFUSE_VLLM"
@@ -26,8 +26,10 @@ def requested() -> str:
 
 @cache
 def fingerprint(mode: str) -> str:
-    """What decides how graphs are rewritten: another mode, version or source must not find graphs stored by this."""
+    """What decides how graphs are rewritten: another mode, version or source must not find graphs stored by this.
+
+    All sources of tpfuse: what an operator returns is decided in its quant.py and communicator.py, too."""
     sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(tpfuse.__file__).parent.rglob("*.py")):
         sources.update(path.read_bytes())
-    return f"{mode} {__version__} {sources.hexdigest()[:16]}"
+    return f"{mode} {tpfuse.__version__} {sources.hexdigest()[:16]}"
