@@ -3,6 +3,9 @@ recording stand-in of tests/graphs for CUDA graphs."""
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import packed as jobs
 import pytest
 import tiny_models as tiny
@@ -31,6 +34,31 @@ def test_packed_batches_are_the_plain_model(name, on_ranks, tmp_path):
             layers = tiny.COMMON["num_hidden_layers"]
             assert (found["report"]["pieces"], found["report"]["split_calls"]) == (layers + 2, layers), (world, mode)
             assert found["report"]["misses"] == {18: 2, 20: 1, 25: 1}
+
+
+@pytest.mark.parametrize(("name", "world"), [("minimax-m3, few KV heads", 4), ("qwen3", 2)])
+def test_copied_kv_heads_and_tied_embeddings(name, world, on_ranks, tmp_path):
+    path = tiny.make(name, tmp_path)
+    expected = on_ranks(1, jobs.plain, path)[0]
+    for found in on_ranks(world, jobs.packed_batches, path, "fused", True):
+        jobs.check(found, expected)
+
+
+def test_as_many_packed_models_as_one_likes_and_nothing_of_them_stays(model):
+    """Dynamo takes eight compilations of one piece of code; a KV cache may be gigabytes."""
+    whole, token = model("llama"), torch.ones(1, dtype=torch.int64)
+    torch._dynamo.reset()
+    caches = []
+    for _ in range(10):
+        packed = integration.piecewise(whole, [4], slots=1, length=8)
+        packed.step({0: token})
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            packed.step({0: token.expand(3)})
+        caches.append(weakref.ref(packed.cache))
+        packed.clear()
+    del packed
+    gc.collect()
+    assert [cache() for cache in caches] == [None] * 10
 
 
 def test_what_step_free_and_capture_refuse(model):

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,7 @@ from tpfuse.integrations.transformers.kv_cache import KVCache, indexer_of
 NAME = "tpfuse"  # of the attention implementation
 LAYERS = ("full_attention", "minimax_m3_sparse")
 EXPERTS = ("grouped_mm", "batched_mm")  # of transformers' implementations, those without decisions on the host
+_compilations = 0  # so far in this process
 
 
 class PackedModel:
@@ -84,12 +87,13 @@ class PackedModel:
             output = base(inputs_embeds=embed(ids), position_ids=positions, use_cache=False)
             return output.last_hidden_state  # type: ignore[no-any-return]
 
-        logits = _head(model.get_output_embeddings())
-        self._hidden: Callable[..., Tensor] = hidden
-        self._logits: Callable[..., Tensor] = logits
-        if backend is not None:
-            self._hidden = torch.compile(hidden, backend=backend, fullgraph=True)
-            self._logits = torch.compile(logits, backend=backend, fullgraph=True)
+        head = _head(model.get_output_embeddings())
+
+        def logits(rows: Tensor) -> Tensor:
+            return head(rows)
+
+        self._hidden: Callable[..., Tensor] = hidden if backend is None else _compiled(hidden, backend)
+        self._logits: Callable[..., Tensor] = logits if backend is None else _compiled(logits, backend)
 
     @torch.no_grad()
     def step(self, tokens: Mapping[int, Tensor]) -> Tensor:
@@ -268,9 +272,24 @@ def _part(weight: DTensor, what: str) -> tuple[Tensor, Any]:
     return weight.to_local(), group
 
 
+def _compiled(function: Any, backend: Any) -> Callable[..., Tensor]:
+    """Compiled as a function with code of its own: Dynamo counts recompilations by code, and one copy of it for all
+    packed models would be at its limit, which is an error, with the ninth. It keeps what it compiled by code, too, so
+    with this model everything goes."""
+    global _compilations
+    _compilations += 1
+    code = function.__code__.replace(co_name=f"{function.__name__}_{_compilations}")
+    own = FunctionType(code, function.__globals__, code.co_name, closure=function.__closure__)
+    return torch.compile(own, backend=backend, fullgraph=True)
+
+
 def _core(cache: KVCache, layer: int, scale: float) -> Any:
+    kept = ref(cache)  # the model's modules keep the core of the last packed model, which must not keep gigabytes
+
     def core(q: Tensor, k: Tensor, v: Tensor, *, selected: Tensor | None, out: Tensor) -> None:
-        cache.attend(layer, scale, q, k, v, selected, out)
+        found = kept()
+        assert found is not None
+        found.attend(layer, scale, q, k, v, selected, out)
 
     return core
 
