@@ -135,6 +135,6 @@ def _only_user(node: fx.Node | None) -> fx.Node | None:
 
 
 def _is_one(node: fx.Node) -> bool:
-    """Whether a node is one float32."""
+    """Whether a node is one float32. A size that is a symbol is not one, and comparing it would make a guard."""
     value = node.meta["val"]
-    return value.dtype == torch.float32 and all(size == 1 for size in value.shape)
+    return value.dtype == torch.float32 and all(isinstance(size, int) and size == 1 for size in value.shape)

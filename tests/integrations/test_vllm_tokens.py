@@ -1,0 +1,86 @@
+"""benchmarks/vllm_tokens.py with stand-ins for vLLM and for the script that brings its environment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "vllm_tokens.py"
+BENCH = """
+import argparse, sys
+from pathlib import Path
+
+def parse():
+    known = argparse.ArgumentParser()
+    known.add_argument("--hook", default="")
+    return known.parse_known_args()[0]
+
+def set_env(asked):
+    sys.path.insert(0, str(Path(__file__).parent / "site"))
+
+def minimax_config(layers):
+    return {"vocab_size": 1000}
+
+def engine_args(asked, folder, concurrency):
+    return {"hooked": bool(asked.hook)}
+"""
+VLLM = """
+import os
+from types import SimpleNamespace as S
+
+mode = os.environ["TPFUSE_VLLM"]
+SamplingParams = S
+
+class LLM:
+    llm_engine = S(engine_core=S(shutdown=lambda: None))
+
+    def __init__(self, hooked):
+        if hooked:
+            print(f"INFO tpfuse, rank 0 of 4: requested {mode}, effective EFFECTIVE")
+
+    def generate(self, prompts, sampling, use_tqdm):
+        found = []
+        for n, prompt in enumerate(prompts):
+            tokens = [sum(prompt["prompt_token_ids"]) + i for i in range(sampling.max_tokens)]
+            if mode == "fused" and n % 3 == 1:
+                tokens[n + 4] = 0
+            found.append(S(outputs=[S(token_ids=tokens)]))
+        return found
+"""
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """What `effective` is -> the script's result."""
+
+    def run(effective: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "site").mkdir(exist_ok=True)
+        (tmp_path / "bench_vllm.py").write_text(BENCH)
+        (tmp_path / "site" / "vllm.py").write_text(VLLM.replace("EFFECTIVE", effective))
+        command = [sys.executable, SCRIPT, "--bench", tmp_path / "bench_vllm.py", "--out", tmp_path / "out"]
+        settings = ["--concurrency", "1,10", "--output-len", "16", "--input-len", "8"]
+        return subprocess.run([*command, *settings], capture_output=True, text=True, timeout=60, check=False)
+
+    return run
+
+
+def test_where_tokens_part(tokens, tmp_path):
+    done = tokens("{mode}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if " / " in line]
+    assert ["stock", "/", "stock,", "NCCL", "10", "10", "of", "10", "-", "-"] in rows
+    assert ["stock", "/", "control", "1", "1", "of", "1", "-", "-"] in rows
+    assert ["stock", "/", "fused", "10", "7", "of", "10", "6", "9"] in rows  # the 6th, 9th and 12th token
+    before = (tmp_path / "out" / "fused.json").stat().st_mtime_ns
+    assert tokens("{mode}").returncode == 0
+    assert (tmp_path / "out" / "fused.json").stat().st_mtime_ns == before  # not run again
+
+
+def test_a_run_that_was_not_what_it_is_called_is_no_result(tokens):
+    done = tokens("off")
+    assert done.returncode == 1
+    assert "fused: failed" in done.stdout
+    assert "stock / fused" not in done.stdout
