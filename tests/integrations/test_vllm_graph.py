@@ -6,6 +6,10 @@ import pytest
 import torch
 import vllm_stand_ins as stand_ins
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from vllm_stand_ins import SITES, TARGETS, WIDTH, all_reduce, count, ops, traced
 
 from tpfuse import Communicator
@@ -55,6 +59,31 @@ def test_every_site_of_a_model_is_fused_and_gives_the_same(dtype, serving):
     for y, reference_y in zip(module(*given), expected, strict=True):
         torch.testing.assert_close(y, reference_y)
     assert len(serving.fused[state.BOUNDARY]) == SITES
+
+
+def test_any_number_of_rows_and_no_guard_on_it():
+    """As vLLM compiles: the number of tokens is a symbol, widths are numbers."""
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes)
+
+    def fake(tensor):
+        kinds = [DimDynamic.DYNAMIC if tensor.dim() == 2 and n == 0 else DimDynamic.STATIC for n in range(tensor.dim())]
+        return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
+
+    def boundary(x, r, w, scale):
+        norm, new = ops.fused_add_rms_norm(all_reduce(x).view(-1, 256), r, w, 1e-6)
+        again = all_reduce(norm * 2).view(-1) * 2  # its width is a symbol
+        kernel = static_kernel(norm, scale)
+        return *kernel, *per_token(ops.rms_norm(all_reduce(norm), w, 1e-6), scale), new, again
+
+    given = [fake(tensor) for tensor in (rows(3, 256), rows(3, 256), rows(256), torch.tensor([0.02]))]
+    with mode, torch.no_grad():
+        module = make_fx(boundary, select_decomp_table())(*given)
+    before = len(shapes.guards)
+    findings = fuse(module.graph, TARGETS)
+    module.graph.lint()
+    assert (findings.fused, findings.quantised, len(findings.left)) == (2, 2, 1)
+    assert len(shapes.guards) == before
 
 
 def test_two_ranks_give_what_all_reduce_and_norm_give(on_ranks):
