@@ -88,7 +88,7 @@ def job(
             error = first_line(raised)
         error = first_error(error)
         for concurrency in workload.concurrency:
-            rank.progress(len(records), len(modes) * len(workload.concurrency), f"{mode}, {concurrency} requests")
+            rank.progress(len(records), len(modes) * len(workload.concurrency), f"{mode}, {concurrency} at once")
             asked = replace(
                 blank,
                 concurrency=concurrency,

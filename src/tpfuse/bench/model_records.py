@@ -19,7 +19,11 @@ from tpfuse.errors import InvalidArgument
 from tpfuse.plan import combined_mode
 
 STOCK = "stock"
-COLOURS: Mapping[str, str] = {STOCK: "#999999", "off": "#56B4E9", "control": "#0072B2", "fused": "#D55E00"}
+COLOURS: Mapping[str, str] = {
+    STOCK: "#999999", "off": "#56B4E9", "control": "#0072B2", "fused": "#D55E00",
+    "eager": "#999999", "compiled": "#0072B2", "piecewise": "#D55E00",
+}  # fmt: skip
+PANELS = (("output tokens a second", "output_tok_s", 1.0), ("ms a token", "tpot_s", 1e3))  # title, field, factor
 
 
 @dataclass(frozen=True)
@@ -94,16 +98,17 @@ def report(records: Sequence[ModelRecord]) -> RenderableType:
     table = Table()
     for name in ("requests", "mode", "effective"):
         table.add_column(name)
-    for name in ("TTFT ms", "TPOT ms", "tok/s", "a GPU", "vs stock", "GiB", "coll./layer"):
+    for name in ("TTFT ms", "TPOT ms", "tok/s", "a GPU", f"vs {baseline_of(records)}", "GiB", "coll./layer"):
         table.add_column(name, justify="right")
     for r in records:
         numbers = (_ms(r.ttft_s), _ms(r.tpot_s), _number(r.output_tok_s), _number(r.tok_s_per_gpu))
         more = (ratio(r, records), _number(r.memory_gib), _number(r.collectives_per_layer))
         table.add_row(str(r.concurrency), r.name, r.effective_mode if r.ok else "failed", *numbers, *more)
     parts.append(table)
-    parts += [_captured(r) for r in records if r.captured]
+    if any(r.captured for r in records):
+        parts.append(_captured(records))
     parts += [_chunks(r) for r in records if r.chunk_s]
-    parts += [Text(f"{r.name}, {r.concurrency} requests: {r.error}", style="red") for r in records if not r.ok]
+    parts += [Text(f"{r.name}, {_requests(r.concurrency)}: {r.error}", style="red") for r in records if not r.ok]
     parts += [
         Text(f"not as requested: {reason}", style="yellow") for reason in sorted({r.reason for r in records} - {""})
     ]
@@ -112,15 +117,18 @@ def report(records: Sequence[ModelRecord]) -> RenderableType:
     return Group(*parts)
 
 
-def _captured(record: ModelRecord) -> Table:
+def _captured(records: Sequence[ModelRecord]) -> Table:
     """What capturing took, a row for each number of tokens."""
-    table = Table(title=f"captured, {record.name}, {record.concurrency} requests")
+    table = Table(title="captured")
+    for name in ("mode", "requests"):
+        table.add_column(name)
     for name in ("tokens", "graphs", "seconds", "MiB"):
         table.add_column(name, justify="right")
-    for size in record.captured:
-        table.add_row(
-            str(size["tokens"]), str(size["graphs"]), f"{size['seconds']:.2f}", _number(size["bytes"] / 2**20)
-        )
+    for record in records:
+        for size in record.captured:
+            numbers = f"{size['seconds']:.2f}", _number(size["bytes"] / 2**20)
+            about = record.name, str(record.concurrency), str(size["tokens"]), str(size["graphs"])
+            table.add_row(*about, *numbers)
     return table
 
 
@@ -135,17 +143,24 @@ def _chunks(record: ModelRecord) -> Table:
     return table
 
 
+def baseline_of(records: Sequence[ModelRecord]) -> str:
+    """What the others are compared with: stock, or control where stock did not run."""
+    return STOCK if any(record.name == STOCK for record in records) else "control"
+
+
 def ratio(record: ModelRecord, records: Sequence[ModelRecord]) -> str:
-    """Output tokens a second over the stock plan's at the same workload."""
+    """Output tokens a second over the baseline's at the same workload."""
+    baseline = baseline_of(records)
     for other in records:
-        same = other.concurrency == record.concurrency and other.impl == STOCK != record.impl
+        same = other.concurrency == record.concurrency and other.name == baseline != record.name
         if same and other.output_tok_s and record.output_tok_s:
             return f"{record.output_tok_s / other.output_tok_s:.2f}x"
     return ""
 
 
 def plot(records: Sequence[ModelRecord], path: Path) -> None:
-    """Bars of output tokens a second, and of the time a token, for each number of requests. Raises InvalidArgument."""
+    """Bars of output tokens a second and of the time a token, for each number of requests; and of the time of a prefill
+    chunk, where there is one. Raises InvalidArgument."""
     check_plot(path)
     ran = [record for record in records if record.ok]
     if not ran:
@@ -155,10 +170,9 @@ def plot(records: Sequence[ModelRecord], path: Path) -> None:
     from matplotlib.figure import Figure
 
     first = ran[0]
-    counts = sorted({record.concurrency for record in ran})
-    names = list(dict.fromkeys(record.name for record in ran))
+    chunked = next((record for record in ran if record.chunk_s), None)
     with mpl.rc_context(RC):
-        figure = Figure(figsize=(9.5, 3.6), dpi=160, facecolor="white", layout="constrained")
+        figure = Figure(figsize=(13.0 if chunked else 9.5, 3.6), dpi=160, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(
             f"{first.preset}, {first.layers} layers, TP{first.world} on {first.gpu}: "
@@ -166,17 +180,34 @@ def plot(records: Sequence[ModelRecord], path: Path) -> None:
             color=INK,
             fontsize=11,
         )
-        panels = (("output tokens a second", "output_tok_s", 1.0), ("ms a token", "tpot_s", 1e3))
-        for axes, (title, field, factor) in zip(figure.subplots(1, 2), panels, strict=True):
-            for at, name in enumerate(names):
-                values = {r.concurrency: getattr(r, field) for r in ran if r.name == name}
-                places = [index + (at - (len(names) - 1) / 2) * 0.8 / len(names) for index in range(len(counts))]
-                heights = [(values.get(count) or 0.0) * factor for count in counts]
-                axes.bar(places, heights, 0.75 / len(names), label=name, color=COLOURS.get(name, QUIET))
-            axes.set_title(title, fontsize=10)
-            axes.set_xticks(range(len(counts)), [f"{count} requests" for count in counts])
-        figure.axes[0].legend(frameon=False)
+        panels = figure.subplots(1, 3 if chunked else 2)
+        counts = sorted({record.concurrency for record in ran})
+        for axes, (title, field, factor) in zip(panels, PANELS, strict=False):
+            series = {r.name: dict.fromkeys(counts, 0.0) for r in ran}
+            for r in ran:
+                series[r.name][r.concurrency] = (getattr(r, field) or 0.0) * factor
+            _bars(axes, title, [_requests(count) for count in counts], series)
+        if chunked:
+            ms = {way: {n: s * 1e3 for n, s in times.items()} for way, times in chunked.chunk_s.items()}
+            title = f"ms a prefill chunk, {chunked.name}"
+            _bars(panels[2], title, [f"{tokens} tokens" for tokens in chunked.chunk_s["piecewise"]], ms)
         figure.savefig(path)
+
+
+def _bars(axes: Any, title: str, groups: Sequence[str], series: Mapping[str, Mapping[Any, float]]) -> None:
+    """A group of bars for each workload, in it a bar for each series."""
+    width = 0.8 / max(2, len(series))
+    for at, (name, values) in enumerate(series.items()):
+        places = [index + (at - (len(series) - 1) / 2) * width for index in range(len(groups))]
+        axes.bar(places, list(values.values()), width * 0.94, label=name, color=COLOURS.get(name, QUIET))
+    axes.set_title(title, fontsize=10)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(series))
+
+
+def _requests(count: int) -> str:
+    return f"{count} request{'s' if count > 1 else ''}"
 
 
 def _ms(seconds: float | None) -> str:

@@ -171,7 +171,11 @@ class Session:
         self.start()
         self._together()
         kind = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
-        with torch.profiler.profile(activities=[kind]) as found:
+        schedule = torch.profiler.schedule(wait=0, warmup=1, active=1)
+        with torch.profiler.profile(activities=[kind], schedule=schedule) as found:
+            advance()  # not counted: in it ranks wait for those whose profilers took longer to start
+            self._together()
+            found.step()
             for _ in range(steps):
                 advance()
             self._wait()
