@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from vllm_stand_ins import SITES, TARGETS, WIDTH, all_reduce, count, ops, traced
 
 from tpfuse import Communicator
-from tpfuse.integrations.vllm import state
+from tpfuse.integrations.serving import state
 from tpfuse.integrations.vllm.graph import fuse
 from tpfuse.quant import FORMATS
 

@@ -13,7 +13,9 @@ import vllm_stand_ins as stand_ins
 
 from tpfuse import Rope
 from tpfuse.errors import CommunicatorClosed, InvalidArgument
-from tpfuse.integrations.vllm import functions, operators, passes, plugin, qk_norm, register, settings, state
+from tpfuse.integrations.serving import state
+from tpfuse.integrations.serving.settings import MODES, requested
+from tpfuse.integrations.vllm import functions, operators, passes, plugin, qk_norm, register, settings
 
 
 @pytest.fixture
@@ -57,13 +59,13 @@ def log(caplog):
 
 def test_fused_is_the_default(monkeypatch):
     monkeypatch.delenv("TPFUSE_VLLM", raising=False)
-    assert settings.requested() == "fused"
+    assert requested("TPFUSE_VLLM") == "fused"
 
 
 def test_another_mode_is_told_in_one_line(monkeypatch):
     monkeypatch.setenv("TPFUSE_VLLM", "fast")
     with pytest.raises(InvalidArgument, match="TPFUSE_VLLM=fast; supported: off, control, fused"):
-        settings.requested()
+        requested("TPFUSE_VLLM")
 
 
 def test_a_wrong_mode_leaves_vllm_alone(vllm, log, monkeypatch):
@@ -82,7 +84,7 @@ def test_off_replaces_nothing(vllm, monkeypatch):
 
 
 def test_modes_have_keys_of_their_own():
-    assert len({settings.fingerprint(mode) for mode in settings.MODES}) == 3
+    assert len({settings.fingerprint(mode) for mode in MODES}) == 3
 
 
 # The start of a worker
@@ -121,7 +123,8 @@ def test_a_tpfuse_that_raises_leaves_vllm_serving(vllm, log, monkeypatch):
 @pytest.mark.parametrize("what", ["state", "passes"])
 def test_what_can_not_be_imported_leaves_vllm_serving(what, vllm, log, monkeypatch):
     monkeypatch.setenv("TPFUSE_VLLM", "control")
-    path, name = f"tpfuse.integrations.vllm.{what}", "tpfuse.integrations.vllm"
+    name = "tpfuse.integrations.serving" if what == "state" else "tpfuse.integrations.vllm"
+    path = f"{name}.{what}"
     monkeypatch.delattr(sys.modules[name], what, raising=False)
     monkeypatch.setitem(sys.modules, path, None)
     register()
@@ -159,7 +162,7 @@ def test_a_pass_that_raises_leaves_vllm_its_graph(manager, log):
     graph = torch.fx.Graph()
     ours(graph)  # there is no torch.ops.vllm here
     assert "all-reduce + norm: left to vLLM: AttributeError" in log.text
-    assert "all-reduces left in compiled graphs: 1x a graph where tpfuse raised" in state.current.summary()
+    assert "left: 1x a graph where tpfuse raised" in state.current.summary("left")
 
 
 def test_a_pass_that_finds_no_place_leaves_vllm_its_passes(manager, vllm, log):
@@ -287,8 +290,8 @@ def test_the_summary_counts_sites_not_calls(serving):
         operators.all_reduce_rms_norm(x, gamma, 1e-6, 0.0)
     serving.stock[state.QK_NORM].add(1)
     serving.left["layers.0.o_proj: a norm without gamma"] += 2
-    assert "0 of 1 QK norms fused, 2 of 2 all-reduce + norms fused" in serving.summary()
-    assert "2x layers.0.o_proj: a norm without gamma" in serving.summary()
+    assert "0 of 1 QK norms fused, 2 of 2 all-reduce + norms fused" in serving.summary("left")
+    assert "2x layers.0.o_proj: a norm without gamma" in serving.summary("left")
 
 
 # The QK norm
@@ -318,7 +321,7 @@ def test_the_qk_operator_calls_through_where_it_does_not_serve(case, alone):
         called = qk_norm.operator_for(stock_qk)(qkv, q_weight, k_weight, q_size, 16, 0, tp_world, 1e-6, None)
         assert called == ("vLLM's own", (qkv, q_weight, k_weight, q_size, 16, 0, tp_world, 1e-6, None))
         if state.current is not None:
-            assert "0 of 1 QK norms fused" in state.current.summary()
+            assert "0 of 1 QK norms fused" in state.current.summary("left")
     finally:
         state.current = None
 

@@ -32,7 +32,8 @@ class Worker:
 
     def __enter__(self) -> Worker:
         from tpfuse import Communicator
-        from tpfuse.integrations.vllm import passes, qk_norm, state
+        from tpfuse.integrations.serving import state
+        from tpfuse.integrations.vllm import passes, qk_norm
 
         self.context.__enter__()
         self.parallel_state.init_distributed_environment(self.rank.world, self.rank.rank, "env://", 0, "gloo")
@@ -78,7 +79,7 @@ def qk_norm(rank: Rank) -> dict[str, Any]:
     with Worker(rank, "fused") as worker, torch.no_grad():
         y = torch.ops.vllm.minimax_qk_norm_fusion(qkv, *weights, 96, 32, rank.rank, rank.world, 1e-6, None)
         stock = rms_norm_tp._minimax_qk_norm_tp_eager(qkv, *weights, 96, 32, rank.world, 1e-6)
-        return {"found": y, "stock": stock, "summary": worker.engaged.summary()}
+        return {"found": y, "stock": stock, "summary": worker.engaged.summary("left")}
 
 
 def boundaries(rank: Rank, effective: str) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def boundaries(rank: Rank, effective: str) -> dict[str, Any]:
             "expected": expected,
             "found": found,
             "calls": calls,
-            "summary": worker.engaged.summary(),
+            "summary": worker.engaged.summary("left"),
             "passes": [type(pass_).__name__ for pass_ in manager.passes],
             "key": key,
             "world": dist.get_world_size(),

@@ -14,7 +14,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tpfuse import Communicator
-from tpfuse.integrations.vllm import state
+from tpfuse.integrations.serving import state
 from tpfuse.integrations.vllm.graph import Targets
 from tpfuse.launch import Rank
 
@@ -83,7 +83,7 @@ def count(graph: fx.Graph) -> dict[str, int]:
 def engaged(comm: Communicator | None, effective: str = "fused") -> state.Engaged:
     """What a worker would have, had it found GPUs: here, any Communicator."""
     group = SimpleNamespace(unique_name="tp:0", rank_in_group=0, world_size=1 if comm is None else comm.world)
-    return state.Engaged("fused", effective, "", group, comm)
+    return state.Engaged("vLLM", "fused", effective, "", group, comm)
 
 
 def model(first: Tensor, gammas: Tensor, gemma: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

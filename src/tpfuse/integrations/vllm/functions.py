@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpfuse.backends.cuda.all_reduce import why_not
-from tpfuse.checks import DTYPES
-from tpfuse.integrations.vllm import operators, state  # noqa: F401  operators: registers torch.ops.tpfuse_vllm
+from tpfuse.integrations.serving import state
+from tpfuse.integrations.vllm import operators  # noqa: F401  operators: registers torch.ops.tpfuse_vllm
 from tpfuse.integrations.vllm.plugin import rebind
 
 PARAMETERS = ("hidden_states", "residual", "norm")
@@ -52,7 +51,7 @@ def boundary_for(stock: Boundary, weight_bias: float) -> Boundary:
         engaged = state.current
         if engaged is None or not serves(engaged, hidden_states, residual, norm):
             if engaged is not None:
-                engaged.stock[state.BOUNDARY].add(norm.weight.data_ptr())
+                engaged.leave(state.BOUNDARY, norm.weight)
             return stock(hidden_states, residual, norm)
         y: tuple[Tensor, Tensor] = torch.ops.tpfuse_vllm.all_reduce_add_rms_norm(
             hidden_states, residual, norm.weight, norm.variance_epsilon, weight_bias
@@ -64,11 +63,4 @@ def boundary_for(stock: Boundary, weight_bias: float) -> Boundary:
 
 
 def serves(engaged: state.Engaged, x: Tensor, residual: Tensor, norm: Any) -> bool:
-    """From what is the same on every rank."""
-    comm, gamma = engaged.comm, norm.weight
-    if comm is None or engaged.effective != "fused" or not hasattr(norm, "variance_epsilon"):
-        return False
-    width, strides = x.shape[-1], (x.stride(-1), residual.stride(-1), gamma.stride(-1))
-    known = x.dtype == residual.dtype and x.dtype in DTYPES and gamma.dtype in DTYPES
-    fits = x.shape == residual.shape and gamma.shape == (width,) and strides == (1, 1, 1)
-    return known and fits and width <= comm.max_hidden and not why_not(width)
+    return hasattr(norm, "variance_epsilon") and not engaged.why_not_boundary(x, residual, norm.weight)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tpfuse.communicator import boundary_outputs
-from tpfuse.integrations.vllm.state import BOUNDARY, QK_NORM, communicator
+from tpfuse.integrations.serving.state import BOUNDARY, QK_NORM, communicator
 from tpfuse.quant import FORMATS
 from tpfuse.reference import NormOutput
 from tpfuse.rope import Rope

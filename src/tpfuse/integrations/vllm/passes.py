@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from tpfuse.integrations.vllm import graph, settings, state
+from tpfuse.integrations.serving import state
+from tpfuse.integrations.vllm import graph, settings
 from tpfuse.integrations.vllm.plugin import guarded, replace
 from tpfuse.integrations.vllm.settings import LOG
 

@@ -14,13 +14,13 @@ Design record
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
 from typing import Any
 
+from tpfuse.integrations.serving.settings import attempt, requested, worker_state
 from tpfuse.integrations.vllm import settings
 from tpfuse.integrations.vllm.settings import LOG, NAME
 
@@ -31,7 +31,7 @@ FEATURES = {"passes": "all-reduce + norm", "qk_norm": "QK norm", "functions": "a
 def register() -> None:
     """Make vLLM use tpfuse in this process, as TPFUSE_VLLM says. Never raises; calling it twice is fine."""
     try:
-        mode = settings.requested()
+        mode = requested(NAME)
         if mode == "off":
             return
         _hook(mode)
@@ -99,7 +99,7 @@ def _engage(mode: str, parallel_state: Any) -> None:
 
     from vllm.config import get_current_vllm_config
 
-    from tpfuse.integrations.vllm import state
+    from tpfuse.integrations.serving import state
 
     state.disengage()
     group = parallel_state.get_tp_group()
@@ -107,7 +107,7 @@ def _engage(mode: str, parallel_state: Any) -> None:
         return
     # Micro-batches of one worker run side by side on two streams, and would meet in one workspace.
     micro = get_current_vllm_config().parallel_config.use_ubatching
-    engaged = state.engage(mode, group, "micro-batching (DBO) is on" if micro else "")
+    engaged = state.engage("vLLM", mode, group, "micro-batching (DBO) is on" if micro else "")
     if engaged.effective == "off":
         LOG.warning("%s", engaged)
         return
@@ -118,19 +118,14 @@ def _engage(mode: str, parallel_state: Any) -> None:
 
 
 def _disengage() -> None:
-    state = _state()
+    state = worker_state()
     if state is not None:
         state.disengage()
 
 
 def _effective() -> str:
-    state = _state()
+    state = worker_state()
     return "off" if state is None or state.current is None else state.current.effective
-
-
-def _state() -> Any:
-    """The module, if a worker could import it: vLLM's keys and its end must not depend on that."""
-    return sys.modules.get("tpfuse.integrations.vllm.state")
 
 
 def _report_after_warm_up() -> None:
@@ -138,25 +133,16 @@ def _report_after_warm_up() -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     def warm_up(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        from tpfuse.integrations.vllm import state
+        from tpfuse.integrations.serving import state
 
         result = stock(*args, **kwargs)
         if state.current is not None:
-            LOG.info("%s", state.current.summary())
+            LOG.info("%s", state.current.summary("all-reduces left in compiled graphs"))
         return result
 
     replace(Worker, "compile_or_warm_up_model", warm_up)
 
 
-def guarded(what: str, step: Callable[[], None]) -> bool:
+def guarded(what: str, step: Callable[[], object]) -> bool:
     """Run a step; where it fails, vLLM's own path is left as it is. Returns whether it went well."""
-    try:
-        step()
-    except Exception as error:
-        LOG.warning("%s: left to vLLM: %s: %s", what, type(error).__name__, error, exc_info=_debugging())
-        return False
-    return True
-
-
-def _debugging() -> bool:
-    return LOG.isEnabledFor(logging.DEBUG)
+    return attempt(LOG, "vLLM", what, step)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tpfuse.backends.cuda.sharded_norm import why_not
-from tpfuse.checks import DTYPES
-from tpfuse.integrations.vllm import operators, state  # noqa: F401  operators: registers torch.ops.tpfuse_vllm
+from tpfuse.integrations.serving import state
+from tpfuse.integrations.vllm import operators  # noqa: F401  operators: registers torch.ops.tpfuse_vllm
 from tpfuse.integrations.vllm.plugin import guarded, replace
 from tpfuse.integrations.vllm.settings import LOG
 from tpfuse.rope import Rope
@@ -65,32 +64,14 @@ def operator_for(stock: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., t
         workspace: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         engaged = state.current
-        if engaged is None or not serves(engaged, qkv, q_weight, k_weight, q_size, kv_size, tp_world):
+        q, k = qkv[:, :q_size], qkv[:, q_size : q_size + kv_size]
+        if engaged is None or engaged.why_not_qk_norm(q, k, q_weight, k_weight, tp_world):
             if engaged is not None:
-                engaged.stock[state.QK_NORM].add(q_weight.data_ptr())
+                engaged.leave(state.QK_NORM, q_weight)
             return stock(qkv, q_weight, k_weight, q_size, kv_size, tp_rank, tp_world, eps, workspace)
-        comm = state.communicator(state.QK_NORM, q_weight)
-        return comm.qk_rms_norm(qkv[:, :q_size], qkv[:, q_size : q_size + kv_size], q_weight, k_weight, eps=eps)
+        return state.communicator(state.QK_NORM, q_weight).qk_rms_norm(q, k, q_weight, k_weight, eps=eps)
 
     return minimax_qk_norm_fusion
-
-
-def serves(
-    engaged: state.Engaged, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, q_size: int, kv_size: int, tp_world: int
-) -> bool:
-    """From what is the same on every rank."""
-    comm = engaged.comm
-    if comm is None or engaged.effective != "fused" or tp_world != comm.world:
-        return False
-    known = qkv.dtype in DTYPES and q_weight.dtype in DTYPES and k_weight.dtype in DTYPES
-    strides = (qkv.stride(-1), q_weight.stride(-1), k_weight.stride(-1))
-    fits = (q_weight.shape, k_weight.shape) == ((q_size,), (kv_size,)) and strides == (1, 1, 1)
-    return known and fits and q_size <= comm.max_hidden and not unfit(q_size, kv_size)
-
-
-@cache
-def unfit(q_size: int, kv_size: int) -> str:
-    return why_not((q_size, kv_size))
 
 
 def _install_rope() -> None:

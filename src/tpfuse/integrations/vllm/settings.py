@@ -1,27 +1,16 @@
-"""The one setting, the logger, and the key that compiled graphs are stored under. Needs neither torch nor vLLM."""
+"""The setting's name, the logger, and the key that compiled graphs are stored under. Needs neither torch nor vLLM."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from functools import cache
 from pathlib import Path
 
 import tpfuse
-from tpfuse.errors import InvalidArgument
 
 NAME = "TPFUSE_VLLM"
-MODES = ("off", "control", "fused")
 LOG = logging.getLogger("vllm.tpfuse")  # vLLM configures the handlers of everything below "vllm"
-
-
-def requested() -> str:
-    """The mode that was asked for. Raises InvalidArgument."""
-    mode = os.environ.get(NAME, "fused")
-    if mode not in MODES:
-        raise InvalidArgument(f"{NAME}={mode}; supported: {', '.join(MODES)}.")
-    return mode
 
 
 @cache
