@@ -57,6 +57,9 @@ def constant(name: str) -> int:
     return int(found[1])
 
 
+BLOCK_GROUPS = constant("kBlockGroups")  # read here, so that torch.compile can trace why_not()
+
+
 def workspace_bytes() -> int:
     """What the kernels need of a workspace: NormSlots::bytes."""
     packets = 8 * 16  # one of every rank
@@ -266,10 +269,8 @@ def why_not(widths: Sequence[int], rope: Rope | None = None) -> str:
     From what is the same on every rank, so that all decide alike.
     """
     groups = sum(-(-width // GROUP) for width in widths)
-    if groups > constant("kBlockGroups"):
-        return (
-            f"cuda kernels take rows of up to {constant('kBlockGroups') * GROUP} elements a rank; given {sum(widths)}"
-        )
+    if groups > BLOCK_GROUPS:
+        return f"cuda kernels take rows of up to {BLOCK_GROUPS * GROUP} elements a rank; given {sum(widths)}"
     if rope is None:
         return ""
     pairs = rope.rotary_dim // 2

@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tpfuse.backends.cuda import all_reduce, sharded_norm
@@ -79,8 +78,8 @@ class Engaged:
             return "another dtype or shape"
         if q.stride(-1) != 1 or k.stride(-1) != 1:
             return "elements of a row are not contiguous"
-        q_width, k_width = q.shape[-1], k.shape[-1]
-        if max(q_width, k_width) > comm.max_hidden or norm_unfit(q_width, k_width):
+        widths = (q.shape[-1], k.shape[-1])
+        if max(widths) > comm.max_hidden or sharded_norm.why_not(widths):
             return "rows are too wide"
         return odd(q_weight, q) or odd(k_weight, k)
 
@@ -99,12 +98,6 @@ def odd(gamma: Tensor, x: Tensor) -> str:
     if gamma.shape != x.shape[-1:] or gamma.stride(-1) != 1:
         return "gamma has another shape or layout"
     return ""
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def norm_unfit(q_width: int, k_width: int) -> str:
-    """`sharded_norm.why_not`, which reads a file and so can't be traced."""
-    return sharded_norm.why_not((q_width, k_width))
 
 
 current: Engaged | None = None
