@@ -43,7 +43,7 @@ def install() -> None:
     experts: Group | None = None
     try:
         experts = groups.experts()
-    except LookupError as error:  # up to SGLang 0.5.19
+    except LookupError as error:  # before SGLang 0.5.21
         LOG.warning("%s behind experts: left to %s: %s", WHAT, ENGINE, error)
     for name, weight_bias in CLASSES:
         hooks.place(f"{NORMS}.{name}.{METHOD}", forward_for(groups.attention(), experts, weight_bias))

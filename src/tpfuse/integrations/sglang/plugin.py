@@ -26,7 +26,8 @@ PARALLEL = "sglang.srt.distributed.parallel_state"
 EVENT_LOOP = "sglang.srt.managers.scheduler.Scheduler.run_event_loop"
 # modules beside this one, each with an install(), and what they replace
 FEATURES = {"qk_norm": "QK norm", "boundary": "all-reduce + norm"}
-# Arguments of initialize_model_parallel that speak against tpfuse, if they are set; the same on every rank.
+# Arguments of initialize_model_parallel that speak against tpfuse, if they are set. The first is the same on every
+# rank; where the second is not, the others stay out by the backend of their group.
 AGAINST = {
     "duplicate_tp_group": "PD multiplexing: prefill and decode run side by side, and two calls would meet",
     "recovered_rank": "elastic expert parallelism: ranks come and go",
