@@ -24,7 +24,12 @@
 //
 // A rotation (RoPE) is linear, and a row's factor is one number for a tensor: so rows are multiplied by gamma and turned
 // while the sums are under way, in fp32, and after the arrival only one product an element is left. norm_by_block does so
-// for as many rows of a step as it has registers (kEarly) and turns the others after the arrival, in the same order.
+// for kEarly rows of a step and turns the others after the arrival, in the same order.
+// The halves of a pair lie in two lanes. norm_by_block has the angles in shared memory, and what bounds a turned row there
+// is the pipe that serves shared memory and shuffles, not arithmetic: so these lanes part the pairs between them (kShares),
+// which takes 4 shuffles and 2 vectors of angles for 8 elements of 16 bits instead of 8 and 4. norm_by_row has the angles
+// in registers: there a lane turns its own elements, since to part and join would cost it 130 more instructions a row, of
+// which 40 after the arrival.
 //
 // Tried on 4x H200 and dropped (docs/qk-norm-performance.md has the figures):
 //   a warp for each group of 256 elements, each sending its own packet: not faster at one row, and 1.5x to 2x slower from
