@@ -303,15 +303,16 @@ class Rotation {
         float side = mul_rn(shuffle(x[i], partner_), float_of(sines[i / 4].w[i % 4]));
         x[i] = turns() ? add_rn(mul_rn(x[i], float_of(cosines[i / 4].w[i % 4])), side) : x[i];
       }
-    } else if (turns()) {
+    } else if (!kShares || turns()) {  // a branch spares loads from shared memory, but costs registers
       Vec16 c = cosines[0], s = sines[0];
       TPF_UNROLL
       for (u32 n = 0; n < 4; ++n) {
         float &first = x[kParts ? n : 2 * n], &second = x[kParts ? n + 4 : 2 * n + 1];
         float cosine = float_of(c.w[n]), sine = float_of(s.w[n]);
         float turned = add_rn(mul_rn(first, cosine), mul_rn(second, sine));
-        second = add_rn(mul_rn(second, cosine), mul_rn(first, -sine));
-        first = turned;
+        float other = add_rn(mul_rn(second, cosine), mul_rn(first, -sine));
+        first = kShares || turns() ? turned : first;
+        second = kShares || turns() ? other : second;
       }
     }
   }
