@@ -28,7 +28,7 @@
 // The halves of a pair lie in two lanes. norm_by_block has the angles in shared memory, and what bounds a turned row there
 // is the pipe that serves shared memory and shuffles, not arithmetic: so these lanes part the pairs between them (kShares),
 // which takes 4 shuffles and 2 vectors of angles for 8 elements of 16 bits instead of 8 and 4. norm_by_row has the angles
-// in registers: there a lane turns its own elements, since to part and join would cost it 130 more instructions a row, of
+// in registers: there a lane turns its own elements, since to part and join would cost it 90 more instructions a row, of
 // which 40 after the arrival.
 //
 // Tried on 4x H200 and dropped (docs/qk-norm-performance.md has the figures):
@@ -491,7 +491,7 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
       u32 t = g >= kGroups0 ? 1 : 0, at = (g - t * kGroups0) * kGroupElements + lane() * kLaneElements;
       own[g] = load_lane<T, kAligned>(x[t], at, a.width[t]);
     }
-    // The position has come when the row has. Behind the packet the tables would be as late as the peers' sums.
+    // The position has come when the row has: the tables need not wait for the sums.
     Vec16 cosines[Turned::kVectors] = {}, sines[Turned::kVectors] = {};
     TPF_UNROLL
     for (u32 i = 0; i < Turned::kVectors && rotation.turns(); ++i) {
