@@ -14,7 +14,7 @@ from sglang_stand_ins import PARALLEL, WIDTH, group_of
 
 from tpfuse import reference
 from tpfuse.integrations.serving import state
-from tpfuse.integrations.sglang import boundary, hooks, operators, qk_norm, register
+from tpfuse.integrations.sglang import boundary, hooks, qk_norm, register
 
 GROUP = group_of([0])
 
@@ -306,7 +306,6 @@ def operator_calls():
 @pytest.mark.parametrize("name", ["qk", "add"])
 def test_opcheck(name, serving):
     function, given = operator_calls()[name]
-    assert hasattr(operators, str(function).rpartition(".")[2])
     torch.library.opcheck(function.default, given, test_utils=("test_schema", "test_faketensor"))
 
 

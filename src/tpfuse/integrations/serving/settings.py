@@ -21,6 +21,16 @@ def requested(variable: str) -> str:
     return mode
 
 
+def enter(variable: str, log: logging.Logger, hook: Callable[[str], None]) -> None:
+    """An entry point: `hook(mode)` in the mode that is asked for, but off. Never raises."""
+    try:
+        mode = requested(variable)
+        if mode != "off":
+            hook(mode)
+    except Exception as error:
+        log.error("tpfuse stays out: %s", error)
+
+
 def attempt(log: logging.Logger, engine: str, what: str, step: Callable[[], object]) -> bool:
     """Run a step; where it fails, the engine's own path is left as it is. Returns whether it went well."""
     try:

@@ -18,7 +18,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
-from tpfuse.integrations.serving.settings import attempt, requested, worker_state
+from tpfuse.integrations.serving.settings import attempt, enter, worker_state
 from tpfuse.integrations.sglang import hooks
 from tpfuse.integrations.sglang.hooks import ENGINE, LOG, NAME
 
@@ -37,13 +37,7 @@ ELASTIC = "mooncake"  # the backend of groups that survive the loss of a rank
 
 def register() -> None:
     """Make SGLang use tpfuse in this process, as TPFUSE_SGLANG says. Never raises; calling it twice is fine."""
-    try:
-        mode = requested(NAME)
-        if mode == "off":
-            return
-        _hook(mode)
-    except Exception as error:
-        LOG.error("tpfuse stays out: %s", error)
+    enter(NAME, LOG, _hook)
 
 
 def _hook(mode: str) -> None:

@@ -1,8 +1,4 @@
-"""`torch.ops.tpfuse_vllm.*`: what compiled graphs of vLLM call.
-
-They name no communicator: a worker has one TP group at a time, as vLLM's own `get_tp_group()` has it. So a graph that
-is stored on disk finds the Communicator of whatever process loads it.
-"""
+"""`torch.ops.tpfuse_vllm.*`: what compiled graphs of vLLM call."""
 
 from __future__ import annotations
 
@@ -10,12 +6,11 @@ import torch
 from torch import Tensor
 
 from tpfuse.communicator import boundary_outputs
+from tpfuse.integrations.serving.operators import ADD_RMS_NORM, all_reduce_add_rms_norm, define, like
 from tpfuse.integrations.serving.state import BOUNDARY, QK_NORM, communicator
 from tpfuse.quant import FORMATS
 from tpfuse.reference import NormOutput
 from tpfuse.rope import Rope
-
-_LIBRARY = torch.library.Library("tpfuse_vllm", "DEF")  # lives as long as the process
 
 
 def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, weight_bias: float) -> Tensor:
@@ -27,16 +22,6 @@ def all_reduce_rms_norm(x: Tensor, weight: Tensor, eps: float, weight_bias: floa
 def all_reduce_sum_rms_norm(x: Tensor, weight: Tensor, eps: float, weight_bias: float) -> tuple[Tensor, Tensor]:
     """The norm, and the sum itself: what is added to a residual of zeros."""
     return all_reduce_add_rms_norm(x, torch.zeros_like(x), weight, eps, weight_bias)
-
-
-def all_reduce_add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float
-) -> tuple[Tensor, Tensor]:
-    comm = communicator(BOUNDARY, weight)
-    y = comm.all_reduce_rms_norm(x, weight, residual=residual, eps=eps, weight_bias=weight_bias)
-    assert y.norm is not None
-    assert y.residual is not None
-    return y.norm, y.residual
 
 
 def all_reduce_rms_norm_quant(
@@ -80,25 +65,8 @@ def qk_norm_rope(
     return communicator(QK_NORM, q_weight).qk_rms_norm(q, k, q_weight, k_weight, eps=eps, rope=rope)
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 def _there(y: NormOutput, given: Tensor | None) -> list[Tensor]:
     return [result for result in y if result is not None and result is not given]
-
-
-def _fake_quant(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    given: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    quant: str,
-    keep_norm: bool,
-) -> list[Tensor]:
-    return _there(boundary_outputs(x, residual, FORMATS[quant](given), keep_norm), given)
 
 
 def _fake_qk(
@@ -116,24 +84,21 @@ def _fake_qk(
 
 
 _NORM = "float eps, float weight_bias"
-# schema, implementation, shapes of the results
 _OPERATORS = (
-    (f"all_reduce_rms_norm(Tensor x, Tensor weight, {_NORM}) -> Tensor", all_reduce_rms_norm, lambda x, *_: _like(x)),
+    ADD_RMS_NORM,
+    (f"all_reduce_rms_norm(Tensor x, Tensor weight, {_NORM}) -> Tensor", all_reduce_rms_norm, lambda x, *_: like(x)),
     (
         f"all_reduce_sum_rms_norm(Tensor x, Tensor weight, {_NORM}) -> (Tensor, Tensor)",
         all_reduce_sum_rms_norm,
-        lambda x, *_: (_like(x), _like(x)),
-    ),
-    (
-        f"all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, {_NORM}) -> (Tensor, Tensor)",
-        all_reduce_add_rms_norm,
-        lambda x, residual, *_: (_like(x), _like(residual)),
+        lambda x, *_: (like(x), like(x)),
     ),
     (
         f"all_reduce_rms_norm_quant(Tensor x, Tensor? residual, Tensor weight, Tensor? given, {_NORM}, str quant, "
         "bool keep_norm) -> Tensor[]",
         all_reduce_rms_norm_quant,
-        _fake_quant,
+        lambda x, residual, _w, given, _eps, _bias, quant, keep_norm: _there(
+            boundary_outputs(x, residual, FORMATS[quant](given), keep_norm), given
+        ),
     ),
     (
         "qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor positions, "
@@ -143,9 +108,4 @@ _OPERATORS = (
     ),
 )
 
-for _schema, _implementation, _fake in _OPERATORS:
-    _name = _schema.partition("(")[0]
-    # Fixed stride order: the graph's strides are those that the kernels get, so Inductor has nothing to copy.
-    _LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tpfuse_vllm::{_name}", _fake, lib=_LIBRARY)
+_LIBRARY = define("tpfuse_vllm", _OPERATORS)

@@ -20,7 +20,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from tpfuse.integrations.serving.settings import attempt, requested, worker_state
+from tpfuse.integrations.serving.settings import attempt, enter, worker_state
 from tpfuse.integrations.vllm import settings
 from tpfuse.integrations.vllm.settings import LOG, NAME
 
@@ -30,13 +30,7 @@ FEATURES = {"passes": "all-reduce + norm", "qk_norm": "QK norm", "functions": "a
 
 def register() -> None:
     """Make vLLM use tpfuse in this process, as TPFUSE_VLLM says. Never raises; calling it twice is fine."""
-    try:
-        mode = requested(NAME)
-        if mode == "off":
-            return
-        _hook(mode)
-    except Exception as error:
-        LOG.error("tpfuse stays out: %s", error)
+    enter(NAME, LOG, _hook)
 
 
 def _hook(mode: str) -> None:
