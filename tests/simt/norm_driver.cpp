@@ -128,7 +128,6 @@ void variants_of() {
     by_block<T, W, 2, 8, 1, false, true>();
     by_block<T, W, 2, 1, 4, true, true, Turn::neighbours, 4>();
     by_block<T, W, 2, 2, 1, false, false, Turn::halves, 1>();
-    by_block<T, W, 2, 1, 4, true, true, Turn::halves, 4>();
   }
   if constexpr (NORM_FEW < 2 && !kOther) {
     by_row<T, W, 1, 4, true, 4>();
@@ -136,7 +135,6 @@ void variants_of() {
     by_block<T, W, 2, 2, 4, false, false>();
     by_block<T, W, 2, 1, 4, true, true, Turn::halves, 2>();
     by_block<T, W, 2, 8, 1, false, true, Turn::neighbours>();
-    by_block<T, W, 2, 8, 1, false, true, Turn::halves>();
     by_block<T, W, 1, 1, 4, true, true>();
   }
 }

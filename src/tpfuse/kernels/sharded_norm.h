@@ -24,12 +24,7 @@
 //
 // A rotation (RoPE) is linear, and a row's factor is one number for a tensor: so rows are multiplied by gamma and turned
 // while the sums are under way, in fp32, and after the arrival only one product an element is left. norm_by_block does so
-// for kEarly rows of a step and turns the others after the arrival, in the same order.
-// The halves of a pair lie in two lanes. norm_by_block has the angles in shared memory, and what bounds a turned row there
-// is the pipe that serves shared memory and shuffles, not arithmetic: so these lanes part the pairs between them (kShares),
-// which takes 4 shuffles and 2 vectors of angles for 8 elements of 16 bits instead of 8 and 4. norm_by_row has the angles
-// in registers: there a lane turns its own elements, since to part and join would cost it 90 more instructions a row, of
-// which 40 after the arrival.
+// for as many rows of a step as it has registers (kEarly) and turns the others after the arrival, in the same order.
 //
 // Tried on 4x H200 and dropped (docs/qk-norm-performance.md has the figures):
 //   a warp for each group of 256 elements, each sending its own packet: not faster at one row, and 1.5x to 2x slower from
@@ -186,15 +181,12 @@ TPF_DEVICE void widen_gamma(u64 gamma, u32 at, u32 width, float bias, float (&g)
     g[i] = add_rn(to_float(__builtin_bit_cast(G, bits)), bias);
   }
 }
-// Arranged as the elements that it multiplies. All lanes of the warp must come.
-template <class Rotation>
-TPF_DEVICE void load_gamma(const NormArgs& a, u32 t, u32 at, const Rotation& rotation, float (&g)[8]) {
+TPF_DEVICE void load_gamma(const NormArgs& a, u32 t, u32 at, float (&g)[8]) {
   switch (a.gamma_type[t]) {
     case 0: widen_gamma<float>(a.gamma[t], at, a.width[t], a.bias, g); break;
     case 1: widen_gamma<bf16>(a.gamma[t], at, a.width[t], a.bias, g); break;
     default: widen_gamma<f16>(a.gamma[t], at, a.width[t], a.bias, g); break;
   }
-  if constexpr (Rotation::kParts) widen(rotation.part(narrow<float>(g)), g);
 }
 
 TPF_DEVICE float square_sum(const float (&x)[8]) {
@@ -223,33 +215,12 @@ TPF_DEVICE float inverse_rms(float total, float reciprocal, float eps) {
 // elements have the same place in their head, and the same angles, in all groups of a row.
 enum class Turn { none, halves, neighbours };
 
-// Turn::neighbours: a lane has both elements of four pairs. Turn::halves: two lanes have the two halves of eight pairs.
-// kShares: they share these. Each gives the other half of its elements for half of the other's, so that it has both
-// elements of four pairs, and gives back what has become of them. That takes few shuffles, of words of T, and one vector
-// of each table. Otherwise each turns its own elements, for which it sees the partner's products: more shuffles and
-// tables, but the fewest instructions, and none when the factor is known. Whoever does not turn is a partner of its own.
-template <Turn kTurn, bool kShares>
+template <Turn kTurn, bool kShared>
 class Rotation {
  public:
-  static constexpr bool kParts = kShares && kTurn == Turn::halves;
-  static constexpr u32 kVectors = !kShares && kTurn == Turn::halves ? 2 : 1;  // that a lane needs of each table
-  static constexpr u32 kMaxVectors = kTurn == Turn::none ? 1 : kGroupElements / 8;  // of a row in each table
-
-  TPF_DEVICE Rotation(u32 head_dim, u32 rotary_dim) {
-    if constexpr (kTurn == Turn::none) return;
-    u32 place = lane() * kLaneElements & (head_dim - 1), half = rotary_dim / 2;
-    bool turns = place < rotary_dim, upper = turns && place >= half;
-    if constexpr (kTurn == Turn::neighbours) {
-      vector_ = place / 8;
-      partner_ = turns ? kWarp : lane();
-    } else {
-      vector_ = (upper ? place - half : place) / 4 + (kParts && upper ? 1 : 0);
-      partner_ = !turns ? lane() : upper ? lane() - half / kLaneElements : lane() + half / kLaneElements;
-    }
-  }
-  TPF_DEVICE bool turns() const { return kTurn != Turn::none && partner_ != lane(); }
-  TPF_DEVICE bool upper() const { return kTurn == Turn::halves && partner_ < lane(); }
-  TPF_DEVICE u32 vector() const { return vector_; }  // the first that this lane needs of each table, if it turns
+  // Vectors that a lane needs of each table, and pairs of a row at most.
+  static constexpr u32 kVectors = kTurn == Turn::halves ? 2 : kTurn == Turn::neighbours ? 1 : 0;
+  static constexpr u32 kPairs = kTurn == Turn::none ? 4 : kGroupElements / 2;
 
   // The row's place in the tables. The tables wait for this, so it is loaded as early as the row.
   TPF_DEVICE static u64 begin_of(const NormArgs& a, u32 row) {
@@ -261,99 +232,107 @@ class Rotation {
   TPF_DEVICE static Vec16 vector_of(u64 table, u64 begin, u32 vector) {
     return load_global(reinterpret_cast<const Vec16*>(reinterpret_cast<const float*>(table) + begin) + vector);
   }
-  // Sines as the first element of a pair takes the second: with a negative sign if it is the lower one.
-  TPF_DEVICE static Vec16 signed_for(bool lower, const Vec16& x) {
-    u32 sign = lower ? 1u << 31 : 0;
-    return Vec16{{x.w[0] ^ sign, x.w[1] ^ sign, x.w[2] ^ sign, x.w[3] ^ sign}};
-  }
-  // Whether that is so where it depends on the vector alone: lanes that share pairs take every other one.
-  TPF_DEVICE static bool lower(u32 vector) { return !kParts || vector % 2 == 0; }
 
-  // Four elements that stay and the four of the partner that they turn with, and back. All lanes of the warp must come.
-  template <class T>
-  TPF_DEVICE Lane<T> part(const Lane<T>& lane) const {
-    if constexpr (!kParts) return lane;
-    Lane<T> parted;
-    TPF_UNROLL
-    for (u32 i = 0; i < sizeof(T); ++i) {
-      u32 low = word(lane, i), high = word(lane, i + sizeof(T));
-      word(parted, i) = upper() ? high : low;
-      word(parted, i + sizeof(T)) = shuffle(upper() ? low : high, partner_);
-    }
-    return parted;
-  }
-  template <class T>
-  TPF_DEVICE Lane<T> join(const Lane<T>& parted) const {
-    if constexpr (!kParts) return parted;
-    Lane<T> lane;
-    TPF_UNROLL
-    for (u32 i = 0; i < sizeof(T); ++i) {
-      u32 own = word(parted, i), back = shuffle(word(parted, i + sizeof(T)), partner_);
-      word(lane, i) = upper() ? back : own;
-      word(lane, i + sizeof(T)) = upper() ? own : back;
-    }
-    return lane;
-  }
-
-  // Parted elements, by the vectors that the row has for this lane. All lanes of the warp must come.
-  TPF_DEVICE void turn(float (&x)[8], const Vec16* cosines, const Vec16* sines) const {
-    if constexpr (kVectors == 2) {
+  // This lane's angles of a row that begins there, into registers.
+  TPF_DEVICE void load(const NormArgs& a, u64 begin) {
+    static_assert(!kShared || kTurn == Turn::none);
+    if constexpr (kTurn != Turn::none && !kShared) {
+      u32 first = aim(a.head_dim, a.rotary_dim);
       TPF_UNROLL
-      for (u32 i = 0; i < 8; ++i) {
-        float side = mul_rn(shuffle(x[i], partner_), float_of(sines[i / 4].w[i % 4]));
-        x[i] = turns() ? add_rn(mul_rn(x[i], float_of(cosines[i / 4].w[i % 4])), side) : x[i];
+      for (u32 v = 0; v < kVectors && turns_; ++v) {
+        cosines_[v] = vector_of(a.cosines, begin, first + v);
+        sines_[v] = vector_of(a.sines, begin, first + v);
+        if (kTurn == Turn::halves && !upper_) sines_[v] = negative(sines_[v]);
       }
-    } else if (!kShares || turns()) {  // a branch spares loads from shared memory, but costs registers
-      Vec16 c = cosines[0], s = sines[0];
+    }
+  }
+  // The row's angles lie in shared memory. The compiler would keep these addresses in registers over the whole loop, and
+  // spill; it can't where it does not know that head_dim is still the same.
+  TPF_DEVICE void look_at(const NormArgs& a, const Vec16* cosines, const Vec16* sines, const Vec16* negative_sines) {
+    if constexpr (kTurn != Turn::none && kShared) {
+      u32 first = aim(shuffle(a.head_dim, 0), a.rotary_dim);
+      cosines_ = cosines + first;
+      sines_ = (kTurn == Turn::halves && !upper_ ? negative_sines : sines) + first;
+    }
+  }
+  TPF_DEVICE static Vec16 negative(const Vec16& x) {
+    return Vec16{{x.w[0] ^ 1u << 31, x.w[1] ^ 1u << 31, x.w[2] ^ 1u << 31, x.w[3] ^ 1u << 31}};
+  }
+
+  // All lanes of the warp must come.
+  TPF_DEVICE void turn(float (&x)[8]) const {
+    TPF_UNROLL
+    for (u32 v = 0; v < kVectors; ++v) {
+      Vec16 c = turns_ ? cosines_[v] : Vec16{}, s = turns_ ? sines_[v] : Vec16{};
       TPF_UNROLL
       for (u32 n = 0; n < 4; ++n) {
-        float &first = x[kParts ? n : 2 * n], &second = x[kParts ? n + 4 : 2 * n + 1];
         float cosine = float_of(c.w[n]), sine = float_of(s.w[n]);
-        float turned = add_rn(mul_rn(first, cosine), mul_rn(second, sine));
-        float other = add_rn(mul_rn(second, cosine), mul_rn(first, -sine));
-        first = kShares || turns() ? turned : first;
-        second = kShares || turns() ? other : second;
+        if constexpr (kTurn == Turn::halves) {
+          u32 i = 4 * v + n;
+          float side = mul_rn(shuffle(x[i], partner_), sine);
+          x[i] = turns_ ? add_rn(mul_rn(x[i], cosine), side) : x[i];
+        } else {
+          float first = x[2 * n], second = x[2 * n + 1];
+          x[2 * n] = turns_ ? add_rn(mul_rn(first, cosine), mul_rn(second, -sine)) : first;
+          x[2 * n + 1] = turns_ ? add_rn(mul_rn(second, cosine), mul_rn(first, sine)) : second;
+        }
       }
     }
   }
 
  private:
-  template <class L>
-  TPF_DEVICE static auto& word(L& lane, u32 i) {
-    return lane.v[i / 4].w[i % 4];
+  // The first vector of a row's tables that this lane needs.
+  TPF_DEVICE u32 aim(u32 head_dim, u32 rotary_dim) {
+    u32 place = lane() * kLaneElements & (head_dim - 1), half = rotary_dim / 2;
+    turns_ = place < rotary_dim;
+    if constexpr (kTurn == Turn::neighbours) return place / 8;
+    upper_ = place >= half;
+    partner_ = upper_ ? lane() - half / kLaneElements : lane() + half / kLaneElements;
+    return (upper_ ? place - half : place) / 4;
   }
 
-  // All else follows from the partner: a flag for each would not fit the registers of norm_by_block.
-  u32 partner_ = lane(), vector_ = 0;
+  template <bool shared, u32 count>
+  struct Angles {
+    using type = Vec16[count > 0 ? count : 1];
+  };
+  template <u32 count>
+  struct Angles<true, count> {
+    using type = const Vec16*;
+  };
+  typename Angles<kShared, kVectors>::type cosines_ = {}, sines_ = {};
+  u32 partner_ = 0;
+  bool upper_ = false, turns_ = false;
 };
 
 // What a lane keeps of eight elements until their row's factor is known. A rotation is linear, so it is done before:
-// what is left to do with the factor is one product an element, and to give the partner's elements back.
-template <class T, class Rotation>
+// what is left to do with the factor is one product an element.
+template <class T, Turn kTurn>
 struct Kept {
   float x[8];
 
-  TPF_DEVICE void keep(const Lane<T>& own, const float* gamma, const Rotation& rotation, const Vec16* cosines,
-                       const Vec16* sines) {
-    widen(rotation.part(own), x);
+  template <bool kShared>
+  TPF_DEVICE void keep(const Lane<T>& lane, const float* gamma, const Rotation<kTurn, kShared>& rotation) {
+    widen(lane, x);
     TPF_UNROLL
     for (int i = 0; i < 8; ++i) x[i] = mul_rn(x[i], gamma[i]);
-    rotation.turn(x, cosines, sines);
+    rotation.turn(x);
   }
-  TPF_DEVICE Lane<T> normed(float inverse, const float*, const Rotation& rotation) const {
+  TPF_DEVICE Lane<T> normed(float inverse, const float*) const {
     float y[8];
     TPF_UNROLL
     for (int i = 0; i < 8; ++i) y[i] = mul_rn(x[i], inverse);
-    return rotation.join(narrow<T>(y));
+    return narrow<T>(y);
   }
 };
-template <class T, bool kShares>
-struct Kept<T, Rotation<Turn::none, kShares>> {
-  using None = Rotation<Turn::none, kShares>;
+template <class T>
+struct Kept<T, Turn::none> {
   Lane<T> lane;
 
-  TPF_DEVICE void keep(const Lane<T>& own, const float*, const None&, const Vec16*, const Vec16*) { lane = own; }
-  TPF_DEVICE Lane<T> normed(float inverse, const float* gamma, const None&) const {
+  template <class Rotation>
+  TPF_DEVICE void keep(const Lane<T>& own, const float*, const Rotation&) {
+    lane = own;
+  }
+  TPF_DEVICE Lane<T> normed(float inverse, const float* gamma) const {
     float x[8];
     widen(lane, x);
     TPF_UNROLL
@@ -463,12 +442,9 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
   constexpr u32 kGroups = kGroups0 + kGroups1;
   using Gamma = float[kGroups][kWarp][kLaneElements];
   TPF_SHARED(Gamma, gammas);
-  // Angles cost nothing here but their registers.
-  using Turned = Rotation<kTurn, false>;
-  Turned rotation(a.head_dim, a.rotary_dim);
   for (u32 g = warp_index(); g < kGroups; g += kWarps) {
     u32 t = g >= kGroups0 ? 1 : 0;
-    load_gamma(a, t, (t ? g - kGroups0 : g) * kGroupElements + lane() * kLaneElements, rotation, gammas[g][lane()]);
+    load_gamma(a, t, (t ? g - kGroups0 : g) * kGroupElements + lane() * kLaneElements, gammas[g][lane()]);
   }
   // All that does not depend on earlier grids comes before the wait: it costs nothing there.
   u32 place = block_index() * kWarps + warp_index(), peer = lane() < W ? lane() : 0;
@@ -484,19 +460,12 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
   for (u32 row = place; row < a.rows; row += grid_size() * kWarps) {
     const T* x[2] = {reinterpret_cast<const T*>(a.x[0]) + row * a.x_stride[0],
                      reinterpret_cast<const T*>(a.x[1]) + row * a.x_stride[1]};
-    u64 begin = Turned::begin_of(a, row);
+    u64 angles = Rotation<kTurn, false>::begin_of(a, row);
     Lane<T> own[kGroups];
     TPF_UNROLL
     for (u32 g = 0; g < kGroups; ++g) {
       u32 t = g >= kGroups0 ? 1 : 0, at = (g - t * kGroups0) * kGroupElements + lane() * kLaneElements;
       own[g] = load_lane<T, kAligned>(x[t], at, a.width[t]);
-    }
-    // The position has come when the row has: the tables need not wait for the sums.
-    Vec16 cosines[Turned::kVectors] = {}, sines[Turned::kVectors] = {};
-    TPF_UNROLL
-    for (u32 i = 0; i < Turned::kVectors && rotation.turns(); ++i) {
-      cosines[i] = Turned::vector_of(a.cosines, begin, rotation.vector() + i);
-      sines[i] = Turned::vector_of(a.sines, begin, rotation.vector() + i);
     }
     float q[kGroups0], k[kGroups1 > 0 ? kGroups1 : 1] = {};
     TPF_UNROLL
@@ -509,11 +478,12 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
     Vec16 sent = packet_of(q_sum, k_sum, step);
     if (waits) store_system(reinterpret_cast<Vec16*>(outbox + row_slot(step)), sent);
     const Vec16* slot = reinterpret_cast<const Vec16*>(inbox + row_slot(step));
-    Kept<T, Turned> kept[kGroups];
-    for (Vec16& x : sines) x = Turned::signed_for(!rotation.upper(), x);
+    Rotation<kTurn, false> rotation;
+    rotation.load(a, angles);
+    Kept<T, kTurn> kept[kGroups];
     if (kTurn != Turn::none) sync_warp();  // or the compiler makes a second copy of all shuffles, for a divergent warp
     TPF_UNROLL
-    for (u32 g = 0; g < kGroups; ++g) kept[g].keep(own[g], gammas[g][lane()], rotation, cosines, sines);
+    for (u32 g = 0; g < kGroups; ++g) kept[g].keep(own[g], gammas[g][lane()], rotation);
     Vec16 packet = {};
     Patience patience;
     while (waits) {
@@ -537,7 +507,7 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
     TPF_UNROLL
     for (u32 g = 0; g < kGroups; ++g) {
       u32 t = g >= kGroups0 ? 1 : 0, at = (g - t * kGroups0) * kGroupElements + lane() * kLaneElements;
-      store_lane<T, kAligned>(y[t], at, a.width[t], kept[g].normed(inverse[t], gammas[g][lane()], rotation));
+      store_lane<T, kAligned>(y[t], at, a.width[t], kept[g].normed(inverse[t], gammas[g][lane()]));
     }
   }
   if (lane() == 0) store_global(counter, step);
@@ -588,25 +558,22 @@ struct BlockStep {
   struct Inverses {
     float of[kRows][kTensors];
   };
-  using Turned = Rotation<kTurn, true>;
-  // Of the rotation, of each row.
+  using Angles = Rotation<kTurn, true>;
+  // Of the rotation, of each row. Lower halves of heads turn with negative sines.
   struct Tables {
     u64 begins[kRows];
-    Vec16 cosines[kRows][Turned::kMaxVectors];
-    Vec16 sines[kRows][Turned::kMaxVectors];
+    Vec16 cosines[kRows][Angles::kPairs / 4];
+    Vec16 sines[kRows][Angles::kPairs / 4];
+    Vec16 negative_sines[kRows][Angles::kPairs / 4];
   };
   using Rows = Lane<T>[kRows][kVectors];
-  using Keeps = Kept<T, Turned>[kRows][kVectors];
+  using Keeps = Kept<T, kTurn>[kRows][kVectors];
 
   const NormArgs& a;
   u32 groups0, groups1;
-  Turned rotation;
 
   TPF_DEVICE BlockStep(const NormArgs& args)
-      : a(args),
-        groups0(group_count(args.width[0])),
-        groups1(kTensors == 2 ? group_count(args.width[1]) : 0),
-        rotation(args.head_dim, args.rotary_dim) {}
+      : a(args), groups0(group_count(args.width[0])), groups1(kTensors == 2 ? group_count(args.width[1]) : 0) {}
 
   // Where a warp holds many groups, the compiler would keep the addresses of all of them in registers over the whole
   // loop, and spill. It can't where it does not know that the warp's number is still the same.
@@ -694,7 +661,7 @@ struct BlockStep {
   TPF_DEVICE u32 last() const { return block_size() - 1 - thread_index(); }
   // Where one row's angles begin. Loaded a step ahead, or the tables would wait for two trips.
   TPF_DEVICE u64 begin_of(u32 chunk) const {
-    return last() < kRows ? Turned::begin_of(a, first_row(chunk) + last()) : 0;
+    return last() < kRows ? Angles::begin_of(a, first_row(chunk) + last()) : 0;
   }
   TPF_DEVICE void leave_begin(u64 begin, Tables& tables) const {
     if (kTurn != Turn::none && last() < kRows) tables.begins[last()] = begin;
@@ -704,9 +671,10 @@ struct BlockStep {
     if constexpr (kTurn == Turn::none) return;
     for (u32 i = last(); i < kRows * a.rotary_dim / 8; i += block_size()) {
       u32 r = i % kRows, vector = i / kRows;
-      tables.cosines[r][vector] = Turned::vector_of(a.cosines, tables.begins[r], vector);
-      Vec16 sines = Turned::vector_of(a.sines, tables.begins[r], vector);
-      tables.sines[r][vector] = Turned::signed_for(Turned::lower(vector), sines);
+      tables.cosines[r][vector] = Angles::vector_of(a.cosines, tables.begins[r], vector);
+      Vec16 sines = Angles::vector_of(a.sines, tables.begins[r], vector);
+      tables.sines[r][vector] = sines;
+      if (kTurn == Turn::halves) tables.negative_sines[r][vector] = Angles::negative(sines);
     }
   }
 
@@ -715,8 +683,9 @@ struct BlockStep {
   TPF_DEVICE void keep(u32 v, const Rows& rows, const Tables& tables, const float* gamma, Keeps& kept) const {
     TPF_UNROLL
     for (u32 r = kFrom; r < kTo; ++r) {
-      const Vec16 *cosines = tables.cosines[r] + rotation.vector(), *sines = tables.sines[r] + rotation.vector();
-      kept[r][v].keep(rows[r][v], gamma, rotation, cosines, sines);
+      Angles rotation;
+      rotation.look_at(a, tables.cosines[r], tables.sines[r], tables.negative_sines[r]);
+      kept[r][v].keep(rows[r][v], gamma, rotation);
     }
   }
 
@@ -727,7 +696,7 @@ struct BlockStep {
     for (u32 r = kFrom; r < kTo; ++r) {
       u32 row = first_row(chunk) + r;
       T* y = reinterpret_cast<T*>(k ? a.y[1] : a.y[0]) + row * (k ? a.y_stride[1] : a.y_stride[0]);
-      Lane<T> lane = kept[r][v].normed(inverses.of[r][k ? 1 : 0], gamma, rotation);
+      Lane<T> lane = kept[r][v].normed(inverses.of[r][k ? 1 : 0], gamma);
       store_lane<T, kAligned>(y, at(v), row < a.rows ? (k ? a.width[1] : a.width[0]) : 0, lane);
     }
   }
@@ -745,7 +714,7 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   using Step = BlockStep<T, kTensors, W, kVectors, kRows, kAligned, kTurn>;
   static_assert(kEarly <= (kTurn == Turn::none ? 0 : kRows));
   constexpr bool kSharesGamma = kDeep && kTurn != Turn::none;
-  using Gammas = Vec16[kSharesGamma ? kVectors : 1][2][kSharesGamma ? kThreads : 1];
+  using Gammas = float[kSharesGamma ? kVectors : 1][kSharesGamma ? kThreads : 1][8];
   TPF_SHARED(typename Step::Sums, sums);
   TPF_SHARED(typename Step::Inverses, inverses);
   TPF_SHARED(typename Step::Tables, tables);
@@ -753,19 +722,12 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   TPF_SHARED(u32, failed);
   Step work(a);
   float own_gamma[kVectors][8];
-  TPF_UNROLL
-  for (u32 v = 0; kDeep && v < kVectors; ++v) {
-    load_gamma(a, work.tensor(v), work.at(v), work.rotation, own_gamma[v]);
-    for (u32 i = 0; kSharesGamma && i < 2; ++i)
-      shared_gamma[v][i][thread_index()] = narrow<float>(own_gamma[v]).v[i];
-  }
-  auto find_gamma = [&](u32 v) {
-    if constexpr (kSharesGamma) {
-      widen(Lane<float>{{shared_gamma[v][0][thread_index()], shared_gamma[v][1][thread_index()]}}, own_gamma[v]);
-    } else if constexpr (!kDeep) {
-      load_gamma(a, work.tensor(v), work.at(v), work.rotation, own_gamma[v]);
-    }
+  auto gamma_of = [&](u32 v) -> float(&)[8] {
+    if constexpr (kSharesGamma) return shared_gamma[v][thread_index()];
+    else return own_gamma[v];
   };
+  TPF_UNROLL
+  for (u32 v = 0; kDeep && v < kVectors; ++v) load_gamma(a, work.tensor(v), work.at(v), gamma_of(v));
   if (thread_index() == 0) failed = 0;
 
   dependency_trigger();
@@ -795,8 +757,8 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
       work.leave_begin(begin, tables);
       TPF_UNROLL
       for (u32 v = 0; v < kVectors; ++v) {
-        find_gamma(v);
-        work.template keep<0, kEarly>(v, rows, tables, own_gamma[v], kept);
+        if (!kDeep) load_gamma(a, work.tensor(v), work.at(v), gamma_of(v));
+        work.template keep<0, kEarly>(v, rows, tables, gamma_of(v), kept);
       }
       if (warp_index() == 0 && !work.receive(chunk, step, inverses)) failed = 1;
     }
@@ -806,10 +768,10 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
     TPF_UNROLL
     for (u32 v = 0; v < kVectors; ++v) {
       work.forget_addresses();
-      if (kEarly < kRows) find_gamma(v);
-      work.template store<0, kEarly>(chunk, v, kept, inverses, own_gamma[v]);
-      work.template keep<kEarly, kRows>(v, rows, tables, own_gamma[v], kept);
-      work.template store<kEarly, kRows>(chunk, v, kept, inverses, own_gamma[v]);
+      if (!kDeep && kEarly == 0) load_gamma(a, work.tensor(v), work.at(v), gamma_of(v));
+      work.template store<0, kEarly>(chunk, v, kept, inverses, gamma_of(v));
+      work.template keep<kEarly, kRows>(v, rows, tables, gamma_of(v), kept);
+      work.template store<kEarly, kRows>(chunk, v, kept, inverses, gamma_of(v));
     }
     TPF_UNROLL
     for (u32 r = 0; kDeep && r < kRows; ++r) {

@@ -35,15 +35,13 @@ OPS = {"rms_norm": 1, "qk_rms_norm": 2}  # number of tensors; also the `op` of a
 KINDS = {torch.float32: "float", torch.bfloat16: "tpfuse::bf16", torch.float16: "tpfuse::f16"}
 GAMMA_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-ROW_KERNEL_ROWS = {"none": 2048, "halves": 2048, "neighbours": 2048}  # by how rows are turned
-ONE_ROW_STEPS = 1024  # up to so many rows, a step of the block kernel has one, so that more blocks have a share
+ROW_KERNEL_ROWS = 2048
 ROW_WARPS = 4  # rows, and warps, of a block of the row kernel
 ROW_RESIDENT = 4
 RESIDENT_THREADS = 896  # of the block kernel on a multiprocessor: leaves 72 registers a thread
 # Registers in which the block kernel can work ahead with several rows at a time: NVRTC 13.4 spills below.
 DEEP_REGISTERS = {"sm_90a": 72}
 DEEP_REGISTERS_ELSEWHERE = 96
-EARLY_ROWS = 4  # at most so many rows of a step are turned before their sums have arrived
 GROUP = 256  # elements of a group: 32 lanes of 8
 
 FIXED = struct.Struct("8QQQII")  # workspaces, error record, timeout, rank, op
@@ -99,11 +97,13 @@ class Variant:
         needed = 0 if self.rows == 1 else DEEP_REGISTERS.get(arch, DEEP_REGISTERS_ELSEWHERE)
         return self.aligned and sum(self.groups) <= 16 and self.register_budget(arch) >= needed
 
-    @property
-    def early(self) -> int:
-        """Rows that the block kernel turns before their sums have arrived, at 8 registers a row and group: no rows that
-        are too wide."""
-        return 0 if self.turn == "none" or self.vectors > 2 else min(self.rows, EARLY_ROWS)
+    def early(self, arch: str) -> int:
+        """Rows that the block kernel turns before their sums have arrived, at 8 registers a row and group. Beside the
+        next rows, 72 registers have room for two; with more, NVRTC spills 8 to 52 bytes."""
+        if self.turn == "none" or self.vectors > 2:
+            return 0
+        tight = self.deep(arch) and self.register_budget(arch) < DEEP_REGISTERS_ELSEWHERE
+        return min(self.rows, 2) if tight else self.rows
 
     @property
     def threads(self) -> int:
@@ -139,7 +139,7 @@ class Variant:
             padded = [power_of_two(n) for n in self.groups] + [0] * (2 - len(self.groups))
             template = (kind, self.world, *padded, aligned, ROW_WARPS, self.budgeted(arch), turn)
             return f"tpfuse::norm_by_row<{', '.join(map(str, template))}>"
-        deep, last = str(self.deep(arch)).lower(), (turn, self.early)
+        deep, last = str(self.deep(arch)).lower(), (turn, self.early(arch))
         template = (kind, len(self.groups), self.world, self.vectors, self.rows, deep, aligned)
         return f"tpfuse::norm_by_block<{', '.join(map(str, (*template, self.threads, self.budgeted(arch), *last)))}>"
 
@@ -156,10 +156,10 @@ def choose(
     """The kernel for a shape. A function of what is the same on every rank."""
     groups = tuple(-(-width // GROUP) for width in widths)
     held = sum(map(power_of_two, groups)) * dtype.itemsize  # registers of a row in a warp: 2 for each
-    if rows <= ROW_KERNEL_ROWS[turn] and held <= 20:
+    if rows <= ROW_KERNEL_ROWS and held <= 20:
         return Variant("row", dtype, world, groups, ROW_WARPS, aligned, turn)
     most = 8 // dtype.itemsize if sum(groups) <= 16 else 1
-    return Variant("block", dtype, world, groups, most if rows > ONE_ROW_STEPS else 1, aligned, turn)
+    return Variant("block", dtype, world, groups, most if rows > ROW_KERNEL_ROWS // 2 else 1, aligned, turn)
 
 
 def variants(worlds: Sequence[int] = (2, 3, 4, 8)) -> Iterator[Variant]:
