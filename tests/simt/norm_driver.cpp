@@ -49,7 +49,7 @@ struct Variant {
   Kind kind;
   Type type;
   u32 tensors, world;
-  bool aligned;
+  bool aligned, few;
   Turn turn;
   u32 groups[2], warps;  // by row: most groups of each tensor
   u32 vectors, rows;     // by block
@@ -70,6 +70,7 @@ struct Variant {
     auto number = [](u32 n) { return std::to_string(n); };
     std::string out = std::string(kind == Kind::row ? "norm_by_row " : "norm_by_block ") + kTypes[u32(type)] + " x" +
                       number(tensors) + (aligned ? " aligned" : " unaligned") + kTurns[u32(turn)];
+    if (few) out += " few";
     if (kind == Kind::block) return out + " vectors " + number(vectors) + " rows " + number(rows);
     return out + " groups " + number(groups[0]) + "+" + number(groups[1]) + " warps " + number(warps);
   }
@@ -77,7 +78,7 @@ struct Variant {
 
 std::vector<Variant> variants;
 
-template <class T, u32 W, u32 kGroups0, u32 kGroups1, bool kAligned, u32 kWarps, Turn kTurn = Turn::none>
+template <class T, u32 W, u32 kGroups0, u32 kGroups1, bool kAligned, u32 kWarps, bool kFew, Turn kTurn = Turn::none>
 void by_row() {
   if constexpr (NORM_KINDS & 1)
     variants.push_back({Kind::row,
@@ -85,12 +86,13 @@ void by_row() {
                         kGroups1 ? 2u : 1u,
                         W,
                         kAligned,
+                        kFew,
                         kTurn,
                         {kGroups0, kGroups1},
                         kWarps,
                         0,
                         0,
-                        norm_by_row<T, W, kGroups0, kGroups1, kAligned, kWarps, 1, kTurn>});
+                        norm_by_row<T, W, kGroups0, kGroups1, kAligned, kWarps, 1, kFew, kTurn>});
 }
 template <class T, u32 W, u32 kTensors, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, Turn kTurn = Turn::none,
           u32 kEarly = 0>
@@ -101,6 +103,7 @@ void by_block() {
                         kTensors,
                         W,
                         kAligned,
+                        false,
                         kTurn,
                         {},
                         0,
@@ -113,25 +116,25 @@ void by_block() {
 template <class T, u32 W, bool kOther>
 void variants_of() {
   if constexpr (NORM_FEW < 3) {
-    by_row<T, W, 8, 1, true, 2>();
+    by_row<T, W, 6, 1, true, 2, false>();
     by_block<T, W, 2, 1, 4, true, true>();
   } else {
     by_block<T, W, 2, 1, 4, true, true, Turn::halves, 2>();
   }
   if constexpr (NORM_FEW < 2) {
-    by_row<T, W, 4, 0, kOther, 3>();
+    by_row<T, W, 3, 0, kOther, 3, true>();
     by_block<T, W, 1, 2, 2, true, kOther>();
   }
   if constexpr (NORM_FEW < 2 && kOther) {
-    by_row<T, W, 2, 2, false, 1>();
-    by_row<T, W, 8, 1, true, 4, Turn::halves>();
+    by_row<T, W, 2, 2, false, 1, true>();
+    by_row<T, W, 6, 1, true, 4, true, Turn::halves>();
     by_block<T, W, 2, 8, 1, false, true>();
     by_block<T, W, 2, 1, 4, true, true, Turn::neighbours, 4>();
     by_block<T, W, 2, 2, 1, false, false, Turn::halves, 1>();
   }
   if constexpr (NORM_FEW < 2 && !kOther) {
-    by_row<T, W, 1, 4, true, 4>();
-    by_row<T, W, 4, 4, false, 2, Turn::neighbours>();
+    by_row<T, W, 9, 1, true, 4, true>();
+    by_row<T, W, 4, 4, false, 2, false, Turn::neighbours>();
     by_block<T, W, 2, 2, 4, false, false>();
     by_block<T, W, 2, 1, 4, true, true, Turn::halves, 2>();
     by_block<T, W, 2, 8, 1, false, true, Turn::neighbours>();
@@ -579,7 +582,8 @@ class Sequence {
     // Blocks of all ranks cost the emulation about as much as blocks of one.
     u32 most = std::max(2u, std::min(6u, 2500 / (call.threads * setup_.world)));
     call.grid = 1 + random_.below(most);
-    call.rows = random_.one_in(4) ? 1 : 1 + random_.below(call.grid * v.rows_at_once() * 3 + 2);
+    u32 at_once = call.grid * v.rows_at_once();
+    call.rows = random_.one_in(4) ? 1 : 1 + random_.below(v.kind == Kind::row ? at_once : at_once * 3 + 2);
     if (before) {
       call.rows = std::min(call.rows, before->rows);
       std::copy_n(before->y, 2, call.x);
@@ -600,7 +604,7 @@ class Sequence {
     for (u32 t = 0; t < v.tensors; ++t) {
       call.eps[t] = kEps[random_.below(4)];
       Type type = random_.one_in(2) ? v.type : Type(random_.below(3));
-      size_t offset = random_.one_in(4) ? 1 : 0;
+      size_t offset = random_.one_in(4) ? (v.aligned ? 16 / size_of(type) : 1) : 0;
       call.gamma[t] = {new_array("gamma", type, call.width[t] + offset), offset, 0};
       Array& gamma = arrays_.back();
       for (u32 rank = 0; rank < setup_.world; ++rank) {

@@ -217,7 +217,7 @@ TPF_DEVICE void cluster_open(u64* gates, u32 count, u32 bytes) {
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 // Into the same variable of the cluster's block `to`, counted there.
 TPF_DEVICE void cluster_post(u32* variable, u32 word, u64* gate, u32 to) {
@@ -251,6 +251,14 @@ TPF_DEVICE void dependency_trigger() {
 #endif
 }
 
+// Asks for the line at p to come into the L2, where it stays coherent with whoever still writes it: nothing is read.
+TPF_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// x is computed by here. The compiler moves arithmetic to where its result is used, and that may be in the chain of steps
+// that all ranks wait for.
+TPF_DEVICE void pin(u64& x) { asm volatile("" : "+l"(x)); }
+TPF_DEVICE void pin(float& x) { asm volatile("" : "+f"(x)); }
+
 TPF_DEVICE u64 clock_ns() {
   u64 ns;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns)::"memory");
@@ -273,6 +281,11 @@ TPF_DEVICE float mul_rn(float a, float b) {
 TPF_DEVICE float div_rn(float a, float b) {
   float x;
   asm("div.rn.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+}
+TPF_DEVICE float reciprocal_rn(float a) {
+  float x;
+  asm("rcp.rn.f32 %0, %1;" : "=f"(x) : "f"(a));
   return x;
 }
 TPF_DEVICE float sqrt_rn(float a) {
@@ -488,6 +501,9 @@ TPF_DEVICE bool cluster_arrived(u64*) {
 
 TPF_DEVICE void dependency_wait() {}
 TPF_DEVICE void dependency_trigger() {}
+TPF_DEVICE void prefetch(const void*) {}  // of use only before a dependency_wait
+TPF_DEVICE void pin(u64&) {}
+TPF_DEVICE void pin(float&) {}
 
 TPF_DEVICE u64 clock_ns() {
   static_assert(1000000 % TPF_WALL_CLOCK_KHZ == 0, "a tick of the wall clock must be whole nanoseconds");
@@ -505,6 +521,7 @@ TPF_DEVICE float mul_rn(float a, float b) {
   return a * b;
 }
 TPF_DEVICE float div_rn(float a, float b) { return a / b; }
+TPF_DEVICE float reciprocal_rn(float a) { return 1.0f / a; }
 TPF_DEVICE float sqrt_rn(float a) { return __builtin_sqrtf(a); }
 
 TPF_DEVICE float to_float(f16 x) { return float(__builtin_bit_cast(_Float16, x.bits)); }
@@ -630,6 +647,10 @@ inline bool cluster_arrived(const u64* gate, TPF_SITE) { return host::cluster_ar
 
 inline void dependency_wait(TPF_SITE) { host::dependency_wait(site); }
 inline void dependency_trigger() { host::dependency_trigger(); }
+// Only looks whether the address is the kernel's to read.
+inline void prefetch(const void* p) { *static_cast<const volatile u8*>(p); }
+inline void pin(u64&) {}
+inline void pin(float&) {}
 
 inline u64 clock_ns() { return host::clock_ns(); }
 inline void spin_pause(TPF_SITE) { host::spin_pause(site); }
@@ -638,6 +659,7 @@ inline void spin_pause(TPF_SITE) { host::spin_pause(site); }
 inline float add_rn(float a, float b) { return a + b; }
 inline float mul_rn(float a, float b) { return a * b; }
 inline float div_rn(float a, float b) { return a / b; }
+inline float reciprocal_rn(float a) { return 1.0f / a; }
 inline float sqrt_rn(float a) { return __builtin_sqrtf(a); }
 
 inline float to_float(f16 x) {

@@ -34,11 +34,23 @@
 //   chunks drawn from a ticket counter instead of a fixed stride: balances the multiprocessors (a plain copy gains 8%),
 //   but its packets need a slot a row, which fall out of L2 between calls, and remote writes to memory that is not in
 //   L2 cost more than the balance gains (46 us against 37 at 16384 rows);
-//   one chunk a block and no loop: 38 to 71 us at 16384 rows, every block pays the exchange.
+//   one chunk a block and no loop: 38 to 71 us at 16384 rows, every block pays the exchange;
+//   norm_by_row with 2 or 8 warps a block: 0.3 to 1 us slower at few rows;
+//   its gamma into shared memory after the push: 0.3 to 0.5 us slower from 1024 rows on where rows are turned;
+//   a prefetch of the peer's slot: 2 to 125 us slower.
 //
 // Order under programmatic dependent launch: gamma is a weight and is loaded before the wait; activations and the
 // counters only after it. The trigger comes first of all: the next grid may take its place early, but it waits for the end
-// of this one before it reads anything but weights.
+// of this one before it reads anything but weights. What norm_by_row will read it asks into the L2 before the wait: a
+// prefetch reads nothing, and the L2 is where a writer's stores meet it.
+//
+// What one row costs is a chain of steps that all ranks wait for, so in norm_by_row all that can be done before the wait,
+// or while packets are under way, is done there, and pinned: the compiler would move it to its use, behind the arrival.
+// 4x H200, us a call at 1, 64 and 1024 rows of 1536 + 256, cold:
+//   2.84  3.05  5.03  before
+//   2.54  2.59  3.96  rows prefetched, groups not padded to powers of two, gamma without bank conflicts
+//   2.59  2.64  4.03  addresses pinned, one root for both tensors, reciprocal instead of division (hot 2.12 against 2.21)
+//   2.10  2.41  3.96  few rows: gamma by vectors into each warp's registers, so that no barrier waits for it
 //
 // Sums follow tpfuse.reference.sum_of_squares: 8 elements in a lane, 32 lanes, groups of 256; each level is folded by
 // halves. Padding with zeros to a larger power of two does not change a bit, so kernels may fold more groups than there
@@ -170,23 +182,38 @@ TPF_DEVICE void store_lane(T* row, u32 at, u32 width, const Lane<T>& lane) {
   }
 }
 
-// gamma + bias in fp32. gamma is a weight: nobody writes it while the kernel runs.
-template <class G>
-TPF_DEVICE void widen_gamma(u64 gamma, u32 at, u32 width, float bias, float (&g)[8]) {
-  using Word = typename Bits<G>::type;
-  const Word* p = reinterpret_cast<const Word*>(gamma) + at;
-  TPF_UNROLL
-  for (u32 i = 0; i < 8; ++i) {
-    Word bits = at + i < width ? load_readonly(p + i) : Word(0);
-    g[i] = add_rn(to_float(__builtin_bit_cast(G, bits)), bias);
+// Eight elements of gamma as they lie in memory: fp32 in both vectors, 16-bit types in the first. gamma is a weight: nobody
+// writes it while the kernel runs, so it is loaded before the wait for earlier grids, and looked at as late as possible.
+struct GammaWords {
+  Vec16 v[2];
+};
+template <bool kAligned>
+TPF_DEVICE GammaWords load_gamma(const NormArgs& a, u32 t, u32 at) {
+  GammaWords words = {};
+  bool wide = a.gamma_type[t] == 0;
+  u64 from = a.gamma[t] + u64(at) * (wide ? 4 : 2);
+  if constexpr (kAligned) {
+    if (at < a.width[t]) words.v[0] = load_readonly(reinterpret_cast<const Vec16*>(from));
+    if (at < a.width[t] && wide) words.v[1] = load_readonly(reinterpret_cast<const Vec16*>(from) + 1);
+  } else {
+    TPF_UNROLL
+    for (u32 i = 0; i < 8; ++i) {
+      if (at + i >= a.width[t]) continue;
+      if (wide) words.v[i / 4].w[i % 4] = load_readonly(reinterpret_cast<const u32*>(from) + i);
+      else words.v[0].w[i / 2] |= u32(load_readonly(reinterpret_cast<const u16*>(from) + i)) << i % 2 * 16;
+    }
   }
+  return words;
 }
-TPF_DEVICE void load_gamma(const NormArgs& a, u32 t, u32 at, float (&g)[8]) {
+// gamma + bias in fp32.
+TPF_DEVICE void widen_gamma(const NormArgs& a, u32 t, const GammaWords& words, float (&g)[8]) {
   switch (a.gamma_type[t]) {
-    case 0: widen_gamma<float>(a.gamma[t], at, a.width[t], a.bias, g); break;
-    case 1: widen_gamma<bf16>(a.gamma[t], at, a.width[t], a.bias, g); break;
-    default: widen_gamma<f16>(a.gamma[t], at, a.width[t], a.bias, g); break;
+    case 0: widen(Lane<float>{{words.v[0], words.v[1]}}, g); break;
+    case 1: unpack8<bf16>(words.v[0], g); break;
+    default: unpack8<f16>(words.v[0], g); break;
   }
+  TPF_UNROLL
+  for (u32 i = 0; i < 8; ++i) g[i] = add_rn(g[i], a.bias);
 }
 
 TPF_DEVICE float square_sum(const float (&x)[8]) {
@@ -208,7 +235,7 @@ TPF_DEVICE float lane_square(const Lane<T>& lane) {
 }
 
 TPF_DEVICE float inverse_rms(float total, float reciprocal, float eps) {
-  return div_rn(1.0f, sqrt_rn(add_rn(mul_rn(total, reciprocal), eps)));
+  return reciprocal_rn(sqrt_rn(add_rn(mul_rn(total, reciprocal), eps)));
 }
 
 // How a row is turned before its factor (tpfuse.rope). Groups begin with a head, since head_dim divides 256, so a lane's
@@ -305,9 +332,10 @@ class Rotation {
 };
 
 // What a lane keeps of eight elements until their row's factor is known. A rotation is linear, so it is done before:
-// what is left to do with the factor is one product an element.
-template <class T, Turn kTurn>
+// what is left to do with the factor is one product an element. kFew: rows, so there are registers to have all ready.
+template <class T, Turn kTurn, bool kFew = false>
 struct Kept {
+  static constexpr bool kHasGamma = true;
   float x[8];
 
   template <bool kShared>
@@ -325,7 +353,8 @@ struct Kept {
   }
 };
 template <class T>
-struct Kept<T, Turn::none> {
+struct Kept<T, Turn::none, false> {
+  static constexpr bool kHasGamma = false;
   Lane<T> lane;
 
   template <class Rotation>
@@ -338,6 +367,28 @@ struct Kept<T, Turn::none> {
     TPF_UNROLL
     for (int i = 0; i < 8; ++i) x[i] = mul_rn(mul_rn(x[i], inverse), gamma[i]);
     return narrow<T>(x);
+  }
+};
+template <class T>
+struct Kept<T, Turn::none, true> {
+  static constexpr bool kHasGamma = true;
+  float x[8], gamma[8];
+
+  template <class Rotation>
+  TPF_DEVICE void keep(const Lane<T>& own, const float* g, const Rotation&) {
+    widen(own, x);
+    TPF_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      gamma[i] = g[i];
+      pin(x[i]);
+      pin(gamma[i]);
+    }
+  }
+  TPF_DEVICE Lane<T> normed(float inverse, const float*) const {
+    float y[8];
+    TPF_UNROLL
+    for (int i = 0; i < 8; ++i) y[i] = mul_rn(mul_rn(x[i], inverse), gamma[i]);
+    return narrow<T>(y);
   }
 };
 
@@ -434,83 +485,129 @@ TPF_DEVICE float fold_all(const float (&x)[kCount]) {
   return sum;
 }
 
-// Block: kWarps warps, kWarps rows at a time. kGroups0, kGroups1: groups of the tensors, padded to powers of two; 0 for
-// no second tensor. Grid: at most kRowPlaces / kWarps.
-template <class T, u32 W, u32 kGroups0, u32 kGroups1, bool kAligned, u32 kWarps, u32 kResident, Turn kTurn = Turn::none>
+// Asks for a row to come into the L2, one lane for each of its sectors.
+template <class T, u32 kGroups>
+TPF_DEVICE void prefetch_row(u64 row, u32 width) {
+  constexpr u32 kSector = 32 / sizeof(T);
+  TPF_UNROLL
+  for (u32 first = 0; first < kGroups * kGroupElements; first += kWarp * kSector) {
+    u32 at = first + lane() * kSector;
+    if (at < width) prefetch(reinterpret_cast<const T*>(row) + at);
+  }
+}
+
+TPF_DEVICE constexpr u32 padded(u32 groups) { return groups <= 1 ? 1 : 2 * padded((groups + 1) / 2); }
+
+// Block: kWarps warps, a row each. kGroups0, kGroups1: groups of the tensors; 0 for no second one. Grid: all rows, at most
+// kRowPlaces. kFew: so few rows that a warp keeps its own gamma in registers, and no barrier waits for it.
+template <class T, u32 W, u32 kGroups0, u32 kGroups1, bool kAligned, u32 kWarps, u32 kResident, bool kFew,
+          Turn kTurn = Turn::none>
 TPF_KERNEL(kWarps * 32, kResident)
 void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
-  constexpr u32 kGroups = kGroups0 + kGroups1;
-  using Gamma = float[kGroups][kWarp][kLaneElements];
-  TPF_SHARED(Gamma, gammas);
-  for (u32 g = warp_index(); g < kGroups; g += kWarps) {
-    u32 t = g >= kGroups0 ? 1 : 0;
-    load_gamma(a, t, (t ? g - kGroups0 : g) * kGroupElements + lane() * kLaneElements, gammas[g][lane()]);
-  }
+  constexpr u32 kGroups = kGroups0 + kGroups1, kTensors = kGroups1 > 0 ? 2 : 1;
+  auto tensor = [](u32 g) { return g >= kGroups0 ? 1u : 0u; };
+  auto at = [](u32 g) { return (g >= kGroups0 ? g - kGroups0 : g) * kGroupElements + lane() * kLaneElements; };
+
   // All that does not depend on earlier grids comes before the wait: it costs nothing there.
-  u32 place = block_index() * kWarps + warp_index(), peer = lane() < W ? lane() : 0;
+  u32 row = block_index() * kWarps + warp_index();
+  bool exists = row < a.rows;
+  u64 x[2], y[2];
+  TPF_UNROLL
+  for (u32 t = 0; t < kTensors; ++t) {
+    x[t] = a.x[t] + row * a.x_stride[t] * i64(sizeof(T));
+    y[t] = a.y[t] + row * a.y_stride[t] * i64(sizeof(T));
+    pin(x[t]);
+    pin(y[t]);
+  }
+  GammaWords words[kFew ? kGroups : 1];
+  using Gammas = Vec16[kFew ? 1 : kGroups][2][kWarp];  // a lane's 32 bytes in two places, or they would share its banks
+  TPF_SHARED(Gammas, gammas);
+  TPF_UNROLL
+  for (u32 g = 0; kFew && g < kGroups; ++g) words[g] = load_gamma<kAligned>(a, tensor(g), at(g));
+  for (u32 g = warp_index(); !kFew && g < kGroups; g += kWarps) {
+    float gamma[8];
+    widen_gamma(a, tensor(g), load_gamma<kAligned>(a, tensor(g), at(g)), gamma);
+    Lane<float> wide = narrow<float>(gamma);
+    gammas[g][0][lane()] = wide.v[0];
+    gammas[g][1][lane()] = wide.v[1];
+  }
+  auto gamma_of = [&](u32 g, float (&gamma)[8]) {
+    if constexpr (kFew) widen_gamma(a, tensor(g), words[g], gamma);
+    else widen(Lane<float>{{gammas[g][0][lane()], gammas[g][1][lane()]}}, gamma);
+  };
+  // Lanes [0, W) send to one rank each. A lane below kTensors * W awaits one rank's sum of one tensor, half a packet.
+  u32 to = lane() < W ? lane() : 0, half = lane() < kTensors * W ? lane() : 0, from = half % W;
   u64 own_space = workspace_of<W>(a, a.rank);
-  u64 inbox = row_slots(own_space, place, peer), outbox = row_slots(workspace_of<W>(a, peer), place, a.rank);
-  u32* counter = reinterpret_cast<u32*>(own_space + NormSlots::row_counters) + place;
-  barrier();
+  u64 outbox = row_slots(workspace_of<W>(a, to), row, a.rank), inbox = row_slots(own_space, row, from) + half / W * 8;
+  u64 counter = own_space + NormSlots::row_counters + u64(row) * 4;
+  pin(outbox);
+  pin(inbox);
+  pin(counter);
+  if (exists) {
+    prefetch_row<T, kGroups0>(x[0], a.width[0]);
+    if (kTensors == 2) prefetch_row<T, kGroups1>(x[1], a.width[1]);
+    prefetch(reinterpret_cast<const void*>(counter));
+    TPF_UNROLL
+    for (u32 i = 0; i < kRowRing; ++i) prefetch(reinterpret_cast<const void*>(inbox + row_slot(i)));
+  }
+  if (!kFew) barrier();
 
   dependency_trigger();
   dependency_wait();
-  u32 step = load_global(counter);
+  if (!exists) return;
+  u32 step = load_global(reinterpret_cast<const u32*>(counter)) + 1;
+  u64 angles = Rotation<kTurn, false>::begin_of(a, row);
+  Lane<T> own[kGroups];
+  TPF_UNROLL
+  for (u32 g = 0; g < kGroups; ++g)
+    own[g] = load_lane<T, kAligned>(reinterpret_cast<const T*>(x[tensor(g)]), at(g), a.width[tensor(g)]);
+  float q[padded(kGroups0)] = {}, k[padded(kGroups1)] = {};
+  TPF_UNROLL
+  for (u32 g = 0; g < kGroups0; ++g) q[g] = lane_square(own[g]);
+  TPF_UNROLL
+  for (u32 g = 0; g < kGroups1; ++g) k[g] = lane_square(own[kGroups0 + g]);
+  Vec16 sums = packet_of(fold_all(q), kTensors == 2 ? fold_all(k) : 0.0f, step);
+  if (lane() < W) store_system(reinterpret_cast<Vec16*>(outbox + row_slot(step)), sums);
 
-  for (u32 row = place; row < a.rows; row += grid_size() * kWarps) {
-    const T* x[2] = {reinterpret_cast<const T*>(a.x[0]) + row * a.x_stride[0],
-                     reinterpret_cast<const T*>(a.x[1]) + row * a.x_stride[1]};
-    u64 angles = Rotation<kTurn, false>::begin_of(a, row);
-    Lane<T> own[kGroups];
-    TPF_UNROLL
-    for (u32 g = 0; g < kGroups; ++g) {
-      u32 t = g >= kGroups0 ? 1 : 0, at = (g - t * kGroups0) * kGroupElements + lane() * kLaneElements;
-      own[g] = load_lane<T, kAligned>(x[t], at, a.width[t]);
-    }
-    float q[kGroups0], k[kGroups1 > 0 ? kGroups1 : 1] = {};
-    TPF_UNROLL
-    for (u32 g = 0; g < kGroups0; ++g) q[g] = lane_square(own[g]);
-    TPF_UNROLL
-    for (u32 g = 0; g < kGroups1; ++g) k[g] = lane_square(own[kGroups0 + g]);
-    float q_sum = fold_all(q), k_sum = kGroups1 > 0 ? fold_all(k) : 0.0f;
-    ++step;
-    bool waits = lane() < W;
-    Vec16 sent = packet_of(q_sum, k_sum, step);
-    if (waits) store_system(reinterpret_cast<Vec16*>(outbox + row_slot(step)), sent);
-    const Vec16* slot = reinterpret_cast<const Vec16*>(inbox + row_slot(step));
-    Rotation<kTurn, false> rotation;
-    rotation.load(a, angles);
-    Kept<T, kTurn> kept[kGroups];
-    if (kTurn != Turn::none) sync_warp();  // or the compiler makes a second copy of all shuffles, for a divergent warp
-    TPF_UNROLL
-    for (u32 g = 0; g < kGroups; ++g) kept[g].keep(own[g], gammas[g][lane()], rotation);
-    Vec16 packet = {};
-    Patience patience;
-    while (waits) {
-      packet = load_system(slot);
-      waits = !arrived<(kGroups1 > 0)>(packet, step);
-      if (waits && patience.over(a.timeout_ns)) {
-        report(a, lane(), step, patience.waited_ns());
-        break;
-      }
-    }
-    if (any(waits)) return;
-    float total[2] = {shuffle(float_of(packet.w[0]), 0), shuffle(float_of(packet.w[2]), 0)};
-    TPF_UNROLL
-    for (u32 r = 1; r < W; ++r) {
-      total[0] = add_rn(total[0], shuffle(float_of(packet.w[0]), r));
-      if (kGroups1 > 0) total[1] = add_rn(total[1], shuffle(float_of(packet.w[2]), r));
-    }
-    float inverse[2] = {inverse_rms(total[0], a.reciprocal[0], a.eps[0]), 0};
-    if (kGroups1 > 0) inverse[1] = inverse_rms(total[1], a.reciprocal[1], a.eps[1]);
-    T* y[2] = {reinterpret_cast<T*>(a.y[0]) + row * a.y_stride[0], reinterpret_cast<T*>(a.y[1]) + row * a.y_stride[1]};
-    TPF_UNROLL
-    for (u32 g = 0; g < kGroups; ++g) {
-      u32 t = g >= kGroups0 ? 1 : 0, at = (g - t * kGroups0) * kGroupElements + lane() * kLaneElements;
-      store_lane<T, kAligned>(y[t], at, a.width[t], kept[g].normed(inverse[t], gammas[g][lane()]));
+  // While the packets are under way.
+  Rotation<kTurn, false> rotation;
+  rotation.load(a, angles);
+  Kept<T, kTurn, kFew> kept[kGroups];
+  if (kTurn != Turn::none) sync_warp();  // or the compiler makes a second copy of all shuffles, for a divergent warp
+  TPF_UNROLL
+  for (u32 g = 0; g < kGroups; ++g) {
+    float gamma[8];
+    gamma_of(g, gamma);
+    kept[g].keep(own[g], gamma, rotation);
+  }
+
+  u64 packet = 0;
+  bool waits = lane() < kTensors * W;
+  Patience patience;
+  while (waits) {
+    packet = load_system(reinterpret_cast<const u64*>(inbox + row_slot(step)));
+    waits = u32(packet >> 32) != step;
+    if (waits && patience.over(a.timeout_ns)) {
+      report(a, from, step, patience.waited_ns());
+      break;
     }
   }
-  if (lane() == 0) store_global(counter, step);
+  if (any(waits)) return;
+  // Even lanes go on with q, odd ones with k: one root for both.
+  u32 t = kTensors == 2 ? lane() % 2 : 0;
+  float sum = float_of(u32(packet)), total = shuffle(sum, t * W);
+  TPF_UNROLL
+  for (u32 r = 1; r < W; ++r) total = add_rn(total, shuffle(sum, t * W + r));
+  float factor = inverse_rms(total, t == 0 ? a.reciprocal[0] : a.reciprocal[1], t == 0 ? a.eps[0] : a.eps[1]);
+  float inverse[2] = {shuffle(factor, 0), shuffle(factor, 1)};
+  TPF_UNROLL
+  for (u32 g = 0; g < kGroups; ++g) {
+    float gamma[8] = {};
+    if constexpr (!Kept<T, kTurn, kFew>::kHasGamma) gamma_of(g, gamma);
+    store_lane<T, kAligned>(reinterpret_cast<T*>(y[tensor(g)]), at(g), a.width[tensor(g)],
+                            kept[g].normed(inverse[tensor(g)], gamma));
+  }
+  if (lane() == 0) store_global(reinterpret_cast<u32*>(counter), step);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -602,6 +699,10 @@ struct BlockStep {
         rows[r][v] = load_lane<T, kAligned>(x, at(v), row < a.rows ? (k ? a.width[1] : a.width[0]) : 0);
       }
     }
+  }
+
+  TPF_DEVICE void load_gamma(u32 v, float (&gamma)[8]) const {
+    widen_gamma(a, tensor(v), tpfuse::load_gamma<kAligned>(a, tensor(v), at(v)), gamma);
   }
 
   // Each warp leaves its groups' sums in shared memory.
@@ -727,7 +828,7 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
     else return own_gamma[v];
   };
   TPF_UNROLL
-  for (u32 v = 0; kDeep && v < kVectors; ++v) load_gamma(a, work.tensor(v), work.at(v), gamma_of(v));
+  for (u32 v = 0; kDeep && v < kVectors; ++v) work.load_gamma(v, gamma_of(v));
   if (thread_index() == 0) failed = 0;
 
   dependency_trigger();
@@ -757,7 +858,7 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
       work.leave_begin(begin, tables);
       TPF_UNROLL
       for (u32 v = 0; v < kVectors; ++v) {
-        if (!kDeep) load_gamma(a, work.tensor(v), work.at(v), gamma_of(v));
+        if (!kDeep) work.load_gamma(v, gamma_of(v));
         work.template keep<0, kEarly>(v, rows, tables, gamma_of(v), kept);
       }
       if (warp_index() == 0 && !work.receive(chunk, step, inverses)) failed = 1;
@@ -768,7 +869,7 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
     TPF_UNROLL
     for (u32 v = 0; v < kVectors; ++v) {
       work.forget_addresses();
-      if (!kDeep && kEarly == 0) load_gamma(a, work.tensor(v), work.at(v), gamma_of(v));
+      if (!kDeep && kEarly == 0) work.load_gamma(v, gamma_of(v));
       work.template store<0, kEarly>(chunk, v, kept, inverses, gamma_of(v));
       work.template keep<kEarly, kRows>(v, rows, tables, gamma_of(v), kept);
       work.template store<kEarly, kRows>(chunk, v, kept, inverses, gamma_of(v));

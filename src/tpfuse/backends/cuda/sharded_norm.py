@@ -36,6 +36,7 @@ KINDS = {torch.float32: "float", torch.bfloat16: "tpfuse::bf16", torch.float16: 
 GAMMA_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 ROW_KERNEL_ROWS = 2048
+FEW_ROWS = 528
 ROW_WARPS = 4  # rows, and warps, of a block of the row kernel
 ROW_RESIDENT = 4
 RESIDENT_THREADS = 896  # of the block kernel on a multiprocessor: leaves 72 registers a thread
@@ -84,6 +85,7 @@ class Variant:
     rows: int  # that a block has at a time
     aligned: bool
     turn: str = "none"  # of the rotation: "halves" or "neighbours"
+    few: bool = False  # rows, so that a thread may have all registers
 
     @property
     def vectors(self) -> int:
@@ -98,11 +100,11 @@ class Variant:
         return self.aligned and sum(self.groups) <= 16 and self.register_budget(arch) >= needed
 
     def early(self, arch: str) -> int:
-        """Rows that the block kernel turns before their sums have arrived, at 8 registers a row and group. Beside the
-        next rows, 72 registers have room for two; with more, NVRTC spills 8 to 52 bytes."""
+        """Rows that the block kernel turns before their sums have arrived, at 8 registers a row and group. 72 or 80
+        registers have room for two; with more, NVRTC spills 8 to 52 bytes."""
         if self.turn == "none" or self.vectors > 2:
             return 0
-        tight = self.deep(arch) and self.register_budget(arch) < DEEP_REGISTERS_ELSEWHERE
+        tight = self.register_budget(arch) < DEEP_REGISTERS_ELSEWHERE
         return min(self.rows, 2) if tight else self.rows
 
     @property
@@ -121,6 +123,8 @@ class Variant:
         """Blocks on a multiprocessor that the registers allow; rows of any alignment take more of them, and rotated
         rows, too, on every architecture but sm_90a."""
         turned = self.turn != "none"
+        if self.few:
+            return 1
         if self.kernel == "row":
             spare = 0 if not turned else 2 if arch != "sm_90a" else 0 if self.aligned else 1
             return ROW_RESIDENT - spare
@@ -136,8 +140,8 @@ class Variant:
     def name_expression(self, arch: str) -> str:
         kind, aligned, turn = KINDS[self.dtype], str(self.aligned).lower(), f"tpfuse::Turn::{self.turn}"
         if self.kernel == "row":
-            padded = [power_of_two(n) for n in self.groups] + [0] * (2 - len(self.groups))
-            template = (kind, self.world, *padded, aligned, ROW_WARPS, self.budgeted(arch), turn)
+            groups = [*self.groups, 0][:2]
+            template = (kind, self.world, *groups, aligned, ROW_WARPS, self.budgeted(arch), str(self.few).lower(), turn)
             return f"tpfuse::norm_by_row<{', '.join(map(str, template))}>"
         deep, last = str(self.deep(arch)).lower(), (turn, self.early(arch))
         template = (kind, len(self.groups), self.world, self.vectors, self.rows, deep, aligned)
@@ -146,7 +150,7 @@ class Variant:
     def grid(self, rows: int, multiprocessors: int) -> int:
         chunks = -(-rows // self.rows)
         if self.kernel == "row":
-            return min(chunks, constant("kRowPlaces") // ROW_WARPS)
+            return chunks
         return min(chunks, constant("kBlockBlocks"), self.resident * multiprocessors)
 
 
@@ -157,7 +161,7 @@ def choose(
     groups = tuple(-(-width // GROUP) for width in widths)
     held = sum(map(power_of_two, groups)) * dtype.itemsize  # registers of a row in a warp: 2 for each
     if rows <= ROW_KERNEL_ROWS and held <= 20:
-        return Variant("row", dtype, world, groups, ROW_WARPS, aligned, turn)
+        return Variant("row", dtype, world, groups, ROW_WARPS, aligned, turn, rows <= FEW_ROWS)
     most = 8 // dtype.itemsize if sum(groups) <= 16 else 1
     return Variant("block", dtype, world, groups, most if rows > ROW_KERNEL_ROWS // 2 else 1, aligned, turn)
 
@@ -180,7 +184,7 @@ def variants(worlds: Sequence[int] = (2, 3, 4, 8)) -> Iterator[Variant]:
     )
     seen = set()
     for world, widths, dtype, rows, aligned, turn in product(
-        worlds, shapes, KINDS, (1, 100_000), (True, False), ("none", "halves", "neighbours")
+        worlds, shapes, KINDS, (1, 1024, 100_000), (True, False), ("none", "halves", "neighbours")
     ):
         variant = choose(rows, widths, dtype, world, aligned, turn)
         if variant not in seen and (turn == "none" or len(widths) == 2):
@@ -228,7 +232,7 @@ class ShardedNorm:
         rows, n, m = x.shape[0], x.shape[1], x2.shape[1]
         pointers = (x.data_ptr(), x2.data_ptr(), y.data_ptr(), y2.data_ptr())
         strides = (x.stride(0), x2.stride(0), y.stride(0), y2.stride(0))
-        aligned = whole_vectors(x.element_size(), pointers, strides, n, m)
+        aligned = whole_vectors(x.element_size(), (*pointers, w.data_ptr(), w2.data_ptr()), strides, n, m)
         turn = "none" if rope is None else "neighbours" if rope.interleaved else "halves"
         key = (rows, n, m if len(xs) == 2 else 0, x.dtype, aligned, turn)
         start = self._chosen.get(key)
