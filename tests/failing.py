@@ -53,6 +53,12 @@ def fresh_group() -> dist.ProcessGroup:
     return group
 
 
+def prepares(rank: Rank, absent: int, timeout: float) -> Outcome:
+    """All ranks but one prepare their communicator."""
+    comm = Communicator(fresh_group(), timeout=timeout)
+    return Outcome("", "", 0.0) if rank.rank == absent else attempt(comm.prepare)
+
+
 def construct(rank: Rank, settings: Sequence[Settings | None]) -> Outcome:
     """Each rank makes a communicator with its own settings; None: that rank never does."""
     group, mine = fresh_group(), settings[rank.rank]

@@ -75,6 +75,16 @@ def test_a_rank_that_does_not_join_a_call_is_named_in_bounded_time(on_ranks, op,
             assert QUICK * 0.9 < seen.seconds < 2 * QUICK + 2  # the timeout, and as long to hear from the others
 
 
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_rank_that_does_not_prepare_is_named_in_bounded_time(on_ranks, absent):
+    seen = on_ranks(2, failing.prepares, absent, QUICK)[1 - absent]
+    assert seen.error == "PeerTimeout"
+    assert f"rank {absent} of 2 did not call prepare(), or make a call that torch.distributed serves, within 1 s" in (
+        seen.message
+    )
+    assert QUICK * 0.9 < seen.seconds < QUICK + 2
+
+
 def test_a_slow_rank_is_waited_for(on_ranks):
     case = Case("all_reduce")
     outcomes = on_ranks(2, failing.each_calls, [case, case], 10.0, [0.0, 0.7])

@@ -1,7 +1,7 @@
 """What ranks tell each other beside the data, through torch.distributed's key-value store.
 
-Two uses. At construction every rank publishes its facts and reads everyone's: a difference, or a rank that does not
-come, is one clear error on every rank. And when a call fails, every rank publishes the call that it is in, so that the
+Two uses. At construction, and when it is prepared, every rank publishes its facts and reads everyone's: a difference, or
+a rank that does not come, is one clear error on every rank. And when a call fails, every rank publishes the call that it is in, so that the
 error can say who is where. The store is a side channel that works while the data path hangs, and each wait is bounded.
 """
 
@@ -46,9 +46,15 @@ class Board:
         return found
 
 
-def agree(board: Board, facts: Mapping[str, object], timeout: float, topic: str = "facts") -> None:
+def agree(
+    board: Board,
+    facts: Mapping[str, object],
+    timeout: float,
+    topic: str = "facts",
+    action: str = "construct a Communicator on this group",
+) -> None:
     """Compare `facts` over all ranks. Raises PeerTimeout or RankMismatch, the same on every rank, and no later than
-    `timeout` seconds. A rank that failed before pins {"error": text} instead."""
+    `timeout` seconds. A rank that failed before pins {"error": text} instead. action: what a missing rank did not do."""
     board.pin(topic, facts)
     found = board.read(topic, timeout)
     for rank, other in sorted(found.items()):
@@ -57,8 +63,8 @@ def agree(board: Board, facts: Mapping[str, object], timeout: float, topic: str 
     missing = [rank for rank in range(board.world) if rank not in found]
     if missing:
         raise PeerTimeout(
-            f"Communicator: {ranks(missing)} of {board.world} did not construct a Communicator on this group within "
-            f"{timeout:g} s. Every rank of the group must, in the same order; look at that rank's own log."
+            f"Communicator: {ranks(missing)} of {board.world} did not {action} within {timeout:g} s. Every rank of the "
+            "group must, in the same order; look at that rank's own log."
         )
     differences = [
         f"rank {rank} has {field}={other.get(field)!r}, rank 0 has {value!r}"

@@ -144,6 +144,9 @@ class Communicator:
         """Make everything ready that later calls need. Collective; call it before capturing a CUDA graph."""
         self._check_usable()
         if not self._prepared:
+            # Before torch.distributed connects the ranks: its own wait for one that does not come takes minutes.
+            action = "call prepare(), or make a call that torch.distributed serves,"
+            agree(self._board, {}, self.timeout, "prepare", action)
             self._collective.prepare()
             self._prepared = True
 
