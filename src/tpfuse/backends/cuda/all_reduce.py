@@ -62,10 +62,16 @@ class Thresholds:
         return tuple(sorted({1, *bounds, *(bound + 1 for bound in bounds)} - {0}))
 
 
-# By number of ranks. Measured on 4x H200; the others are scaled from that by bytes, and not measured.
+# By number of ranks. Those of 2 and 4 are measured, by `tpfuse tune` on 4x H200 (benchmarks/results/tune-h200x*.txt); the
+# others are scaled from that of 4 by bytes.
 DEFAULTS: Mapping[int, Thresholds] = {
-    world: Thresholds(one_shot_rows, 128)
-    for world, one_shot_rows in {2: 64, 3: 24, 4: 16, 5: 12, 6: 12, 7: 8, 8: 8}.items()
+    2: Thresholds(192, 96),
+    3: Thresholds(24, 128),
+    4: Thresholds(16, 128),
+    5: Thresholds(12, 128),
+    6: Thresholds(12, 128),
+    7: Thresholds(8, 128),
+    8: Thresholds(8, 128),
 }
 
 
