@@ -1,8 +1,9 @@
 """What ranks tell each other beside the data, through torch.distributed's key-value store.
 
-Two uses. At construction, and when it is prepared, every rank publishes its facts and reads everyone's: a difference, or
-a rank that does not come, is one clear error on every rank. And when a call fails, every rank publishes the call that it is in, so that the
-error can say who is where. The store is a side channel that works while the data path hangs, and each wait is bounded.
+Two uses. When a communicator is constructed or prepared, every rank publishes its facts and reads everyone's: a
+difference, or a rank that does not come, is one clear error on every rank. And when a call fails, every rank publishes
+the call that it is in, so that the error can say who is where. The store is a side channel that works while the data
+path hangs, and each wait is bounded.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def agree(
     action: str = "construct a Communicator on this group",
 ) -> None:
     """Compare `facts` over all ranks. Raises PeerTimeout or RankMismatch, the same on every rank, and no later than
-    `timeout` seconds. A rank that failed before pins {"error": text} instead. action: what a missing rank did not do."""
+    `timeout` seconds. A rank that failed before pins {"error": text} instead. action: what a missing rank should have
+    done."""
     board.pin(topic, facts)
     found = board.read(topic, timeout)
     for rank, other in sorted(found.items()):

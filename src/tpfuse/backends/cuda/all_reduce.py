@@ -62,8 +62,8 @@ class Thresholds:
         return tuple(sorted({1, *bounds, *(bound + 1 for bound in bounds)} - {0}))
 
 
-# By number of ranks. Those of 2 and 4 are measured, by `tpfuse tune` on 4x H200 (benchmarks/results/tune-h200x*.txt); the
-# others are scaled from that of 4 by bytes.
+# By number of ranks. Those of 2 and 4 are measured, by `tpfuse tune` on H200 (benchmarks/results/tune-h200x*.txt); the
+# others are scaled from those of 4 by bytes.
 DEFAULTS: Mapping[int, Thresholds] = {
     2: Thresholds(192, 96),
     3: Thresholds(24, 128),
