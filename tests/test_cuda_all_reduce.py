@@ -24,6 +24,7 @@ from tpfuse.backends.cuda.all_reduce import (
     LAYOUT,
     MAX_GROUPS,
     MAX_WIDTH,
+    SHAPE,
     SPLIT,
     Thresholds,
     algorithm_for,
@@ -204,12 +205,14 @@ def constant_of_norm(name: str) -> int:
 def test_the_arguments_are_the_struct_of_the_kernels() -> None:
     found = fields()
     first = [name for name, _ in found].index("x")
+    whole = LAYOUT.replace(f"{SHAPE.size}s", SHAPE.format)
+    assert struct.calcsize(whole) == struct.calcsize(LAYOUT)
 
     def expanded(layout: str) -> str:
         return "".join(code * int(count or 1) for count, code in re.findall(r"(\d*)(\w)", layout) if count != "0")
 
     assert expanded("".join(code for _, code in found[:first])) == expanded(FIXED.format)
-    assert expanded("".join(code for _, code in found[first:])) == expanded(LAYOUT)
+    assert expanded("".join(code for _, code in found[first:])) == expanded(whole)
     assert FIXED.size % 8 == 0
 
 

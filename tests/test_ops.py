@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ulps import same_bits
 
 from tpfuse import Communicator, NormOutput
+from tpfuse.backends.cuda.sharded_norm import row_stride
 from tpfuse.errors import CommunicatorClosed, InvalidArgument
 
 ops = torch.ops.tpfuse
@@ -167,25 +168,29 @@ def test_compiled_code_says_when_its_communicator_was_closed(alone):
 
 
 class Recorder:
-    """Stands in for the backend of own kernels: keeps the tensors that it is given."""
+    """Stands in for the backend of own kernels: keeps the tensors that it is given, but for gammas."""
 
-    def __init__(self) -> None:
+    def __init__(self, *gammas: torch.Tensor) -> None:
         self.given: list[torch.Tensor] = []
+        self._gammas = set(map(id, gammas))
 
     def __getattr__(self, op: str):
         def keep(*args: object) -> None:
             for arg in args:
                 parts = (arg.norm,) if isinstance(arg, NormOutput) else arg if isinstance(arg, tuple) else (arg,)
-                self.given += [part for part in parts if isinstance(part, torch.Tensor) and part.dim() != 1]
+                self.given += [
+                    part for part in parts if isinstance(part, torch.Tensor) and id(part) not in self._gammas
+                ]
 
         return keep
 
 
-@pytest.mark.parametrize("rows", [(5,), (2, 3), (1, 6), (2, 1, 3)], ids=str)
-def test_own_kernels_are_given_rows_whatever_the_leading_dimensions(alone, monkeypatch, rows):
-    """Kernels go from row to row by the stride of dimension 0, of what they read and of what they write."""
-    x, k, gamma, k_gamma, residual = arguments(rows=rows)
-    backend = Recorder()
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "permuted"])
+@pytest.mark.parametrize("rows", [(), (5,), (2, 3), (1, 6), (2, 1, 3)], ids=str)
+def test_own_kernels_are_given_rows_whatever_the_leading_dimensions(alone, monkeypatch, rows, layout):
+    """Kernels go from row to row by one stride, of what they read and of what they write."""
+    x, k, gamma, k_gamma, residual = arguments(rows=rows, layout=layout)
+    backend = Recorder(gamma, k_gamma)
     monkeypatch.setattr(alone, "_begin", lambda *_, **__: backend)
     results = (
         alone.rms_norm(x, gamma),
@@ -195,7 +200,9 @@ def test_own_kernels_are_given_rows_whatever_the_leading_dimensions(alone, monke
     )
     assert [y.shape for y in results] == [x.shape, x.shape, k.shape, x.shape, x.shape, residual.shape]
     assert len(backend.given) == 2 + 4 + 2 + 3
-    for tensor in backend.given:
-        assert tensor.dim() == 2
-        assert tensor.shape[0] == x.shape[:-1].numel()
-        assert tensor.stride() == (tensor.shape[1], 1)
+    y, q_y, k_y, total, norm, _ = results
+    wanted = (x, y, x, k, q_y, k_y, x, total, x, residual, norm)
+    for tensor, want in zip(backend.given, wanted, strict=True):
+        count, width = x.shape[:-1].numel(), want.shape[-1]
+        assert same_bits(tensor.as_strided((count, width), (row_stride(tensor), 1)), want.reshape(count, width))
+        assert (tensor.data_ptr() == want.data_ptr()) == (layout != "permuted" or want.is_contiguous())

@@ -1,17 +1,20 @@
 """The Communicator: one for each tensor-parallel group and device. It owns the plan and the backend, checks what it is
 given, and counts what ran.
 
-Reading order for one call: the public method checks its tensors, `_begin` picks the route, counts and announces,
-the backend computes. Under torch.compile the method becomes one operator of `ops.py`, which calls the same method
-again when it runs.
+Reading order for one call: the public method checks its tensors, `_serve` picks the route, `_begin` counts and
+announces, the backend computes. Checks and route are remembered under the call's signature: the method's first lines
+put everything that they depend on into a key. Under torch.compile the method becomes one operator of `ops.py`, which
+calls the same method again when it runs.
 """
 
 from __future__ import annotations
 
 import os
 import weakref
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +23,7 @@ from torch import Tensor
 from tpfuse import __version__, checks
 from tpfuse.agreement import Board, agree, diagnose
 from tpfuse.backends import collective
-from tpfuse.backends.collective import Call, Collective
+from tpfuse.backends.collective import Call, Collective, Served
 from tpfuse.backends.cuda import backend as cuda_backend
 from tpfuse.backends.cuda import tuning
 from tpfuse.backends.cuda.all_reduce import why_not as why_not_reduce
@@ -35,6 +38,7 @@ from tpfuse.rope import Rope
 
 MAX_TIMEOUT = 1e6  # seconds; an endless wait is what the timeout is there to prevent
 BACKENDS = ("auto", "cuda", "collective")
+MOST_REMEMBERED = 1024  # signatures, of a communicator
 
 _made: dict[str, int] = {}  # communicators made so far on each group, so that every one has its own name
 _by_name: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
@@ -88,6 +92,7 @@ class Communicator:
         self._prepared = False
         self._failure: TpfuseError | None = None
         self._number = 0
+        self._served: dict[Any, Served] = {}  # by signature; holds no tensors
         self._fallbacks: dict[tuple[str, str], Route] = {}
         self._counters: dict[int, Counter] = {}  # by the identity of the plan's route
         try:
@@ -96,6 +101,7 @@ class Communicator:
         except TpfuseError as error:
             self._board.pin("facts", {"error": str(error)})
             raise
+        self._gpu = self.device.type == "cuda"
         self.max_hidden, self.timeout = max_hidden, float(timeout)
         facts = Facts(self.world, self.device.type, self.transport, mode, backend, max_hidden)
         agree(self._board, self._settings(facts), self.timeout)
@@ -173,7 +179,7 @@ class Communicator:
 
     def report(self) -> Report:
         """What really ran, as data (`as_dict()`) and as a rich table (`rich.print`)."""
-        counters = tuple(self._counters.values())
+        counters = tuple(counter for counter in self._counters.values() if counter.calls)
         ran = combined_mode(c.route.mode for c in counters) if counters else self.plan.effective_mode
         return Report(
             self.plan.requested_mode, ran, self.rank, self.world, str(self.device), self.transport, self.plan, counters
@@ -191,18 +197,22 @@ class Communicator:
         if torch.compiler.is_compiling():
             y = torch.ops.tpfuse.rms_norm(x, weight, self.name, eps, weight_bias)
             return y if out is None else out.copy_(y)
-        checks.activation("rms_norm", "x", x, self.device, self.max_hidden)
-        checks.weight("rms_norm", "weight", weight, x)
-        if out is not None:
-            checks.output("rms_norm", out, x)
-        call = Call("rms_norm", count_rows(x), x.shape[-1], 0, x.dtype, None, eps, eps, weight_bias)
-        backend = self._begin(call, why_not((call.width,)))
+        key = ("rms_norm", traits(x), traits(weight), eps, weight_bias, out is not None and traits(out))
+        served = self._remembered(key)
+        if served is None:
+            checks.activation("rms_norm", "x", x, self.device, self.max_hidden)
+            checks.weight("rms_norm", "weight", weight, x)
+            if out is not None:
+                checks.output("rms_norm", out, x)
+            call = Call("rms_norm", count_rows(x), x.shape[-1], 0, x.dtype, None, eps, eps, weight_bias)
+            served = self._serve(call, why_not((call.width,)), key)
+        backend = self._begin(served)
         if backend is None:
             return empty(x) if out is None else out
         if isinstance(backend, Collective):
             return given(backend.rms_norm(rows(x), weight, eps, weight_bias), x, out)
         y = empty(x) if out is None else out
-        backend.rms_norm(rows(x), weight, eps, weight_bias, rows(y))
+        backend.rms_norm(served, spaced(x), weight, eps, weight_bias, spaced(y))
         return y
 
     def qk_rms_norm(
@@ -231,18 +241,26 @@ class Communicator:
                 tables = (rope.cos, rope.sin, rope.positions, rope.head_dim, rope.rotary_dim, rope.interleaved)
                 y = torch.ops.tpfuse.qk_rms_norm_rope(*norms, *tables)
             return (y[0], y[1]) if out is None else (out[0].copy_(y[0]), out[1].copy_(y[1]))
-        checks.activation("qk_rms_norm", "q", q, self.device, self.max_hidden)
-        checks.activation("qk_rms_norm", "k", k, self.device, self.max_hidden)
-        checks.same_rows("qk_rms_norm", q, k)
-        checks.weight("qk_rms_norm", "q_weight", q_weight, q)
-        checks.weight("qk_rms_norm", "k_weight", k_weight, k)
-        if out is not None:
-            checks.output("qk_rms_norm", out[0], q)
-            checks.output("qk_rms_norm", out[1], k)
-        if rope is not None:
-            rope.check("qk_rms_norm", q, k)
-        call = Call("qk_rms_norm", count_rows(q), q.shape[-1], k.shape[-1], q.dtype, None, q_eps, k_eps, weight_bias)
-        backend = self._begin(call, why_not((call.width, call.width2), rope))
+        key = (
+            "qk_rms_norm", traits(q), traits(k), traits(q_weight), traits(k_weight), q_eps, k_eps, weight_bias,
+            rope is not None and rotation_traits(rope), out is not None and (traits(out[0]), traits(out[1])),
+        )  # fmt: skip
+        served = self._remembered(key)
+        if served is None:
+            checks.activation("qk_rms_norm", "q", q, self.device, self.max_hidden)
+            checks.activation("qk_rms_norm", "k", k, self.device, self.max_hidden)
+            checks.same_rows("qk_rms_norm", q, k)
+            checks.weight("qk_rms_norm", "q_weight", q_weight, q)
+            checks.weight("qk_rms_norm", "k_weight", k_weight, k)
+            if out is not None:
+                checks.output("qk_rms_norm", out[0], q)
+                checks.output("qk_rms_norm", out[1], k)
+            if rope is not None:
+                rope.check("qk_rms_norm", q, k)
+            widths = q.shape[-1], k.shape[-1]
+            call = Call("qk_rms_norm", count_rows(q), *widths, q.dtype, None, q_eps, k_eps, weight_bias)
+            served = self._serve(call, why_not(widths, rope), key)
+        backend = self._begin(served)
         if backend is None:
             return (empty(q), empty(k)) if out is None else out
         if isinstance(backend, Collective):
@@ -250,8 +268,8 @@ class Communicator:
             q_out, k_out = (None, None) if out is None else out
             return given(normed[0], q, q_out), given(normed[1], k, k_out)
         y = (empty(q), empty(k)) if out is None else out
-        into = (rows(y[0]), rows(y[1]))
-        backend.qk_rms_norm(rows(q), rows(k), q_weight, k_weight, q_eps, k_eps, weight_bias, rope, into)
+        into = (spaced(y[0]), spaced(y[1]))
+        backend.qk_rms_norm(served, spaced(q), spaced(k), q_weight, k_weight, q_eps, k_eps, weight_bias, rope, into)
         return y
 
     def all_reduce(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -259,17 +277,21 @@ class Communicator:
         if torch.compiler.is_compiling():
             y = torch.ops.tpfuse.all_reduce(x, self.name)
             return y if out is None else out.copy_(y)
-        checks.activation("all_reduce", "x", x, self.device, self.max_hidden)
-        if out is not None:
-            checks.output("all_reduce", out, x)
-        call = Call("all_reduce", count_rows(x), x.shape[-1], 0, x.dtype, None, 0.0, 0.0, 0.0)
-        backend = self._begin(call, why_not_reduce(call.width))
+        key = ("all_reduce", traits(x), out is not None and traits(out))
+        served = self._remembered(key)
+        if served is None:
+            checks.activation("all_reduce", "x", x, self.device, self.max_hidden)
+            if out is not None:
+                checks.output("all_reduce", out, x)
+            call = Call("all_reduce", count_rows(x), x.shape[-1], 0, x.dtype, None, 0.0, 0.0, 0.0)
+            served = self._serve(call, why_not_reduce(call.width), key)
+        backend = self._begin(served)
         if backend is None:
             return empty(x) if out is None else out
         if isinstance(backend, Collective):
             return given(backend.all_reduce(rows(x)), x, out)
         y = empty(x) if out is None else out
-        backend.all_reduce(rows(x), rows(y))
+        backend.all_reduce(served, spaced(x), spaced(y))
         return y
 
     def all_reduce_rms_norm(
@@ -293,32 +315,39 @@ class Communicator:
         keep_norm. residual_layout="row_sharded": residual is this rank's rows `[own, H]` (see `shard_rows`), and so is
         the one that is returned; all else has all rows.
         """
-        op, row_sharded = "all_reduce_rms_norm", residual_layout == "row_sharded"
-        checks.layout(op, residual_layout, residual)
+        op, row_sharded = "all_reduce_rms_norm", residual_layout != "replicated"
+        if row_sharded:
+            checks.layout(op, residual_layout, residual)
         if torch.compiler.is_compiling():
             return self._compiled_boundary(x, weight, residual, eps, weight_bias, quant, keep_norm, row_sharded)
-        checks.activation(op, "x", x, self.device, self.max_hidden)
-        checks.weight(op, "weight", weight, x)
-        count, width = count_rows(x), x.shape[-1]
-        if residual is not None:
-            if row_sharded:
-                checks.row_shard(op, "residual", residual, count, width, self.rank, self.world)
-            checks.same_shape(op, "residual", residual, residual if row_sharded else x)
-        if quant is not None:
-            checks.quant_format(op, quant, x)
-        call = Call(
-            op, count, width, 0, x.dtype, None if residual is None else residual.dtype, eps, eps, weight_bias,
-            "" if quant is None else quant.name, keep_norm, row_sharded,
+        key = (
+            op, traits(x), traits(weight), residual is not None and traits(residual), eps, weight_bias,
+            quant is not None and format_traits(quant), keep_norm, row_sharded,
         )  # fmt: skip
-        backend = self._begin(call, why_not_reduce(width))
-        stream = None if residual is None else rows(residual)
+        served = self._remembered(key)
+        if served is None:
+            checks.activation(op, "x", x, self.device, self.max_hidden)
+            checks.weight(op, "weight", weight, x)
+            count, width = count_rows(x), x.shape[-1]
+            if residual is not None:
+                if row_sharded:
+                    checks.row_shard(op, "residual", residual, count, width, self.rank, self.world)
+                checks.same_shape(op, "residual", residual, residual if row_sharded else x)
+            if quant is not None:
+                checks.quant_format(op, quant, x)
+            call = Call(
+                op, count, width, 0, x.dtype, None if residual is None else residual.dtype, eps, eps, weight_bias,
+                "" if quant is None else quant.name, keep_norm, row_sharded,
+            )  # fmt: skip
+            served = self._serve(call, why_not_reduce(width), key)
+        backend = self._begin(served)
         if not isinstance(backend, Collective):
             outputs = boundary_outputs(x, residual, quant, keep_norm)
             if backend is not None:
-                norm = outputs.norm
-                into = outputs if norm is None or norm.dim() == 2 else outputs._replace(norm=rows(norm))
-                backend.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias, quant, call, into)
+                stream = None if residual is None else spaced(residual)
+                backend.all_reduce_rms_norm(served, spaced(x), weight, stream, eps, weight_bias, quant, outputs)
             return outputs
+        stream = None if residual is None else rows(residual)
         norm, new = backend.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias, row_sharded)
         norm = norm.view(x.shape)
         if residual is not None and new is not None:
@@ -369,37 +398,54 @@ class Communicator:
         width = shard.shape[-1]
         checks.row_shard("gather_rows", "shard", shard, rows, width, self.rank, self.world)
         call = Call("gather_rows", rows, width, 0, shard.dtype, None, 0.0, 0.0, 0.0)
-        if self._begin(call, route=collective.GATHER_ROWS) is None:
+        if self._begin(Served(call, self._counter(collective.GATHER_ROWS), own_kernels=False)) is None:
             return empty(shard)
         return self._collective.gather_rows(shard, rows)
 
-    def _begin(self, call: Call, unfit: str = "", route: Route | None = None) -> Collective | CudaBackend | None:
-        """Announce a call, count it, and return who serves it; None: there are no rows to work on.
+    def _remembered(self, key: tuple[Any, ...]) -> Served | None:
+        """How calls of this signature are served, if there was one before."""
+        try:
+            return self._served.get(key)
+        except TypeError:  # the symbolic sizes of a trace have no hash
+            return None
 
-        unfit: why the cuda backend can't take this call although the plan gives it the op. route: of what has no plan.
+    def _serve(self, call: Call, unfit: str, key: tuple[Any, ...]) -> Served:
+        """Decide who serves a call that has passed the checks, and remember it for all calls that are like it.
+
+        unfit: why the cuda backend can't take this call although the plan gives it the op.
         """
-        self._check_usable()
-        gpu = self.device.type == "cuda"
-        capturing = gpu and torch.cuda.is_current_stream_capturing()
-        if route is None:
-            route = self.plan.route(call.op, call.rows)
+        route = self.plan.route(call.op, call.rows)
         if self._cuda is not None and route.backend == "cuda":
             route = self._fallback(call.op, unfit) if unfit else self._cuda.refine(route, call)
-        if gpu and not self._prepared and route.backend == "collective":  # the same on every rank, as routes are
+        own_kernels = route.backend == "cuda"
+        sent = cuda_backend.link_bytes(call, route, self.world) if own_kernels else 0
+        served = Served(call, self._counter(route), own_kernels, sent)
+        with suppress(TypeError):  # as in _remembered
+            if len(self._served) >= MOST_REMEMBERED:
+                self._served.clear()
+            self._served[key] = served
+        return served
+
+    def _begin(self, served: Served) -> Collective | CudaBackend | None:
+        """Announce a call, count it, and return who serves it; None: there are no rows to work on."""
+        self._check_usable()
+        call, counter = served.call, served.counter
+        capturing = self._gpu and torch.cuda.is_current_stream_capturing()
+        if self._gpu and not self._prepared and not served.own_kernels:  # the same on every rank, as routes are
             if capturing:
                 raise Unsupported(
                     f"{call.op}: first call of {self!r} that torch.distributed serves, inside a CUDA graph capture. "
                     "Call prepare() on every rank before."
                 )
             self.prepare()
-        counter = self._counter(route)
         counter.calls += 1
         counter.rows += call.rows
+        counter.bytes += served.sent
         counter.captured += capturing
         self._number += 1
-        backend = self._cuda if route.backend == "cuda" else self._collective
+        backend = self._cuda if served.own_kernels else self._collective
         assert backend is not None
-        backend.begin(self._number, call, counter)
+        backend.begin(self._number, served)
         return backend if call.rows > 0 else None
 
     def _fallback(self, op: str, reason: str) -> Route:
@@ -441,16 +487,42 @@ def rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
+def spaced(x: Tensor) -> Tensor:
+    """x, or a copy if its rows don't lie at one stride. A view costs as much as all of a call's checks, so the kernels'
+    launches take contiguous tensors of any number of dimensions, and others as `[T, n]`."""
+    return x if x.dim() == 2 or x.is_contiguous() else x.reshape(-1, x.shape[-1])
+
+
+def traits(x: Tensor) -> tuple[Any, ...]:
+    """All that checks and launches depend on, of a tensor: everything but its address."""
+    return x.dtype, x.shape, x.stride(), x.device, x.requires_grad and torch.is_grad_enabled()
+
+
+def rotation_traits(rope: Rope) -> tuple[Any, ...]:
+    """The same of a rotation, whose check looks at addresses as well."""
+    cos, sin = rope.cos, rope.sin
+    off = (cos.data_ptr() | sin.data_ptr()) % 16
+    return rope.rotary_dim, rope.head_dim, rope.interleaved, traits(cos), traits(sin), traits(rope.positions), off
+
+
+def format_traits(quant: Format) -> tuple[Any, ...]:
+    """The same of a format, or of what is not one."""
+    if not isinstance(quant, Format):
+        return (type(quant),)
+    given = quant.given
+    return type(quant), quant.name, given is not None and (traits(given), given.requires_grad)
+
+
 def empty(x: Tensor) -> Tensor:
     """A contiguous tensor like x, not filled: results are contiguous whatever the strides of the input are."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def boundary_outputs(x: Tensor, residual: Tensor | None, quant: Format | None, keep_norm: bool) -> NormOutput:
     """What `all_reduce_rms_norm` returns, not filled."""
     norm = empty(x) if quant is None or keep_norm else None
     stream = None if residual is None else empty(residual)
-    return NormOutput(norm, stream, *((None, None) if quant is None else quant.empty(x)))
+    return NormOutput(norm, stream, None, None) if quant is None else NormOutput(norm, stream, *quant.empty(x))
 
 
 def ordered(results: list[Tensor], residual: Tensor | None, quant: Format | None, keep_norm: bool) -> NormOutput:

@@ -6,7 +6,6 @@ Counters and the report say what really ran under it.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -65,8 +64,7 @@ class Plan:
 
     def route(self, op: str, rows: int) -> Route:
         """The route that serves `rows` rows of `op`."""
-        routes = self.of(op)
-        return routes[bisect_left([r.max_rows for r in routes[:-1] if r.max_rows is not None], rows)]
+        return next(r for r in self.routes if r.op == op and (r.max_rows is None or rows <= r.max_rows))
 
     @property
     def effective_mode(self) -> str:

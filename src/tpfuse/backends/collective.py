@@ -33,9 +33,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,9 @@ _SIGNATURE = struct.Struct("9q3d")
 NAMES = (*OPS, "gather_rows")  # what is announced
 GATHER_ROWS = Route("gather_rows", None, "collective", "all-gather", ANY, "")  # not in plans: there is no other way
 _QUANT = ("", *FORMATS)
+
+
+Launches = dict[bool, Any]  # what the cuda backend has prepared, by whether all addresses are aligned
 
 
 class Call(NamedTuple):
@@ -94,6 +97,17 @@ class Call(NamedTuple):
         residual += " row-sharded" if self.row_sharded else ""
         quant = f", {self.quant}" if self.quant else ""
         return f"{self.op}({self.rows} rows x {width}, {short(self.dtype)}{residual}{quant})"
+
+
+@dataclass(eq=False, slots=True)
+class Served:
+    """How calls that are alike are served: the first one has passed the checks and found it out. Holds no tensor."""
+
+    call: Call
+    counter: Counter  # of the route
+    own_kernels: bool  # or torch.distributed
+    sent: int = 0  # bytes of a call, where they are known before
+    launches: Launches = field(default_factory=dict)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -140,7 +154,7 @@ class Collective:
         self._timeout = timedelta(seconds=timeout)
         self._fail = fail
         self._constants: dict[tuple[float, ...], Tensor] = {}
-        self._current: tuple[int, Call, Counter] | None = None
+        self._current: tuple[int, Served] | None = None
         self._watchdog: Watchdog | None = None
         if self.world > 1 and transport != "gloo":
             self._watchdog = Watchdog(group, device, timeout, fail)
@@ -161,11 +175,11 @@ class Collective:
         # aborts a process that still holds one while the interpreter shuts down.
         self._fail = _fail_closed
 
-    def begin(self, number: int, call: Call, counter: Counter) -> None:
-        """Announce a call, whose bytes go to `counter`. On Gloo, compare its signature over the ranks first."""
-        self._current = (number, call, counter)
+    def begin(self, number: int, served: Served) -> None:
+        """Announce a call, whose bytes go to its counter. On Gloo, compare its signature over the ranks first."""
+        self._current = (number, served)
         if self.world > 1 and self.transport == "gloo":
-            self._compare(number, call)
+            self._compare(number, served.call)
 
     @torch.no_grad()
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, weight_bias: float) -> Tensor:
@@ -319,8 +333,9 @@ class Collective:
     def _run(self, buffer: Tensor, start: Callable[[], dist.Work]) -> None:
         """Start an exchange of `buffer` and wait for it: the host on Gloo, the current stream elsewhere."""
         assert self._current is not None
-        number, call, counter = self._current
-        counter.bytes += buffer.numel() * buffer.element_size()
+        number, served = self._current
+        call = served.call
+        served.counter.bytes += buffer.numel() * buffer.element_size()
         try:
             if self._watchdog is None:
                 start().wait(self._timeout)

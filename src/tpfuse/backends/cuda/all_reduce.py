@@ -16,15 +16,17 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from operator import add
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tpfuse.backends.collective import Launches
 from tpfuse.backends.cuda import attribute
 from tpfuse.backends.cuda.compile import arch_of, compile_kernel, load
 from tpfuse.backends.cuda.launch import Launcher
-from tpfuse.backends.cuda.sharded_norm import GROUP, KINDS, power_of_two, whole_vectors
+from tpfuse.backends.cuda.sharded_norm import GROUP, KINDS, power_of_two, row_stride, whole_vectors
 from tpfuse.backends.cuda.workspace import Fill, Workspace
 from tpfuse.errors import Unsupported
 from tpfuse.quant import Format
@@ -43,7 +45,8 @@ SPLIT = {"one_shot": 8, "two_shot": 6}  # most blocks of a row, up to split_rows
 WIDE_WARPS = 24  # most warps of a block, else a thread has several vectors of a row
 
 FIXED = struct.Struct("8QQQQIIII")  # workspaces, own, error record, timeout, rank, op, half, padding
-LAYOUT = "8Q3q8I3f0Q"
+SHAPE = struct.Struct("3q8I3f0Q")  # arguments that are the same in calls that are alike, see `Served`
+LAYOUT = f"8Q{SHAPE.size}s"  # and addresses, which are not
 NO_RESIDUAL = "tpfuse::Nothing"
 
 
@@ -217,6 +220,15 @@ def variants(worlds: Sequence[int] = (2, 3, 4, 8), clusters: bool = True) -> Ite
                 yield variant
 
 
+class Part(NamedTuple):
+    """A launch of a call: of all its rows, or of as many as a launch may have."""
+
+    launcher: Launcher
+    grid: int
+    offsets: tuple[int, ...]  # of its rows, from each address that the call is given
+    shape: bytes  # arguments but for addresses
+
+
 class AllReduce:
     """Launches the kernels for one communicator. `space`: made with `fills`."""
 
@@ -239,14 +251,17 @@ class AllReduce:
             for op, code in OPS.items()
         }
         self._launchers: dict[tuple[str, Variant], Launcher] = {}
-        self._chosen: dict[Any, tuple[Launcher, Variant, int, int]] = {}
 
-    def all_reduce(self, x: Tensor, y: Tensor, stream: int) -> None:
-        """y = the sum of every rank's x, both `[T, H]`."""
-        self._run("all_reduce", "sum", x, y, None, None, None, None, None, None, 0.0, 0.0, stream)
+    def all_reduce(self, launches: Launches, x: Tensor, y: Tensor, stream: int) -> None:
+        """y = the sum of every rank's x, both `[T, H]` or contiguous `[..., H]`.
+
+        launches: of calls that differ in addresses alone.
+        """
+        self._run(launches, "all_reduce", "sum", x, y, None, None, None, None, None, None, 0.0, 0.0, stream)
 
     def all_reduce_rms_norm(
         self,
+        launches: Launches,
         x: Tensor,
         weight: Tensor,
         residual: Tensor | None,
@@ -263,12 +278,13 @@ class AllReduce:
         """Fills norm, new_residual, bytes_ and scale, whichever are not None."""
         path = "early" if early else "norm"
         self._run(
-            "all_reduce_rms_norm", path, x, norm, weight, residual, new_residual, quant, bytes_, scale, eps,
-            weight_bias, stream,
+            launches, "all_reduce_rms_norm", path, x, norm, weight, residual, new_residual, quant, bytes_, scale,
+            eps, weight_bias, stream,
         )  # fmt: skip
 
     def _run(
         self,
+        launches: Launches,
         op: str,
         path: str,
         x: Tensor,
@@ -283,52 +299,73 @@ class AllReduce:
         weight_bias: float,
         stream: int,
     ) -> None:
-        rows, width = x.shape
-        assert y is None or y.dim() == 2, "a row's stride is that of dimension 0"
-        x_at, y_at, residual_at, new_at = (0 if t is None else t.data_ptr() for t in (x, y, residual, new_residual))
-        gamma_at, bytes_at, scale_at = (0 if t is None else t.data_ptr() for t in (weight, bytes_, scale))
-        x_stride = x.stride(0)
-        y_stride = 0 if y is None else y.stride(0)
-        residual_stride = 0 if residual is None else residual.stride(0)
-        aligned = whole_vectors(x.element_size(), (x_at, y_at), (x_stride, y_stride), width)
-        if weight is not None:
-            aligned = aligned and gamma_at % 16 == 0
+        x_at, y_at = x.data_ptr(), 0 if y is None else y.data_ptr()
+        residual_at = 0 if residual is None else residual.data_ptr()
+        new_at = 0 if new_residual is None else new_residual.data_ptr()
+        gamma_at = 0 if weight is None else weight.data_ptr()
+        quant_at = (0, 0, 0) if quant is None else (address(bytes_), address(scale), address(quant.given))
+        aligned = not (x_at | y_at | residual_at | gamma_at) & 15
+        parts = launches.get(aligned)
+        if parts is None:
+            parts = launches[aligned] = self._prepare(
+                op, path, x, y, weight, residual, new_residual, quant, eps, weight_bias, aligned
+            )
+        first, others = parts
+        addresses = (x_at, y_at, residual_at, new_at, gamma_at, *quant_at)
+        first.launcher(first.grid, stream, *addresses, first.shape)
+        for part in others:
+            part.launcher(part.grid, stream, *map(add, addresses, part.offsets), part.shape)
+
+    def _prepare(
+        self,
+        op: str,
+        path: str,
+        x: Tensor,
+        y: Tensor | None,
+        weight: Tensor | None,
+        residual: Tensor | None,
+        new_residual: Tensor | None,
+        quant: Format | None,
+        eps: float,
+        weight_bias: float,
+        aligned: bool,
+    ) -> tuple[Part, list[Part]]:
+        """The launches of a call: the first one begins at the addresses that the call is given, others further on."""
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        x_stride, y_stride = row_stride(x), 0 if y is None else row_stride(y)
+        residual_stride = 0 if residual is None else row_stride(residual)
+        aligned = aligned and whole_vectors(x.element_size(), (x_stride, y_stride), width)
         if residual is not None:
-            aligned = aligned and whole_vectors(residual.element_size(), (residual_at,), (residual_stride,))
-        format_key = None if quant is None else quant.name
-        key = (
-            op, path, rows, width, x.dtype, None if residual is None else residual.dtype,
-            None if weight is None else weight.dtype, format_key, y is None, aligned,
-        )  # fmt: skip
-        start = self._chosen.get(key)
-        if start is None:
-            start = self._chosen[key] = self._choose(op, path, x, y, weight, residual, quant, aligned)
-        launcher, variant, ring, step = start
-        given, pitch = 0, 0
-        if quant is not None:
-            pitch = quant.pitch(rows, width)
-            given = 0 if quant.given is None else quant.given.data_ptr()
+            aligned = aligned and whole_vectors(residual.element_size(), (residual_stride,))
+        launcher, variant, ring, step = self._choose(op, path, rows, x, y, weight, residual, quant, aligned)
         item, groups = x.element_size(), -(-width // GROUP)
-        stride = slot_bytes(width, item)
+        slot, pitch = slot_bytes(width, item), 0 if quant is None else quant.pitch(rows, width)
+        parts = []
         for first in range(0, rows, step):
             count = min(step, rows - first)
             own = first // self._world if path == "early" else first
-            launcher(
-                count * variant.parts, stream,
-                x_at + first * x_stride * item,
-                y_at + first * y_stride * item,
-                residual_at + (0 if residual is None else own * residual_stride * residual.element_size()),
-                new_at + (0 if new_residual is None else own * width * new_residual.element_size()),
-                gamma_at,
-                bytes_at + (0 if quant is None else first * width // quant.packed),
-                scale_at, given, x_stride, y_stride, residual_stride,
-                count, width, groups, stride, ring, first, rows, pitch, eps, 1.0 / width, weight_bias,
+            offsets = (
+                first * x_stride * item,
+                first * y_stride * item,
+                0 if residual is None else own * residual_stride * residual.element_size(),
+                0 if new_residual is None else own * width * new_residual.element_size(),
+                0,
+                0 if quant is None else first * width // quant.packed,
+                0,
+                0,
+            )
+            shape = SHAPE.pack(
+                x_stride, y_stride, residual_stride, count, width, groups, slot, ring, first, rows, pitch,
+                eps, 1.0 / width, weight_bias,
             )  # fmt: skip
+            parts.append(Part(launcher, count * variant.parts, offsets, shape))
+        return parts[0], parts[1:]
 
     def _choose(
         self,
         op: str,
         path: str,
+        rows: int,
         x: Tensor,
         y: Tensor | None,
         weight: Tensor | None,
@@ -337,7 +374,7 @@ class AllReduce:
         aligned: bool,
     ) -> tuple[Launcher, Variant, int, int]:
         """The launcher for a call, what it launches, the rows that have slots, and the rows of a launch."""
-        rows, width = x.shape
+        width = x.shape[-1]
         kind, layout = ("none", "row_major") if quant is None else (quant.kind, quant.layout)
         stream = None if residual is None else residual.dtype
         gamma = x.dtype if weight is None else weight.dtype
@@ -373,6 +410,10 @@ class AllReduce:
                 cluster=variant.parts, pdl=True,
             )  # fmt: skip
         return found
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def fills() -> tuple[Fill, ...]:

@@ -1,7 +1,8 @@
 """The cuda backend of one communicator: its workspace, its kernels, and the check that follows every call.
 
 A call costs the host one launch. What keeps it so cheap: nothing is allocated but the result, the launch is prebuilt
-(launch.py), and a kernel that gave up is noticed by one load of pinned memory at the next call.
+(launch.py), arguments that calls have in common are packed once, and a kernel that gave up is noticed by one load of
+pinned memory at the next call.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from tpfuse.agreement import Board
-from tpfuse.backends.collective import Call
+from tpfuse.backends.collective import Call, Served
 from tpfuse.backends.cuda import all_reduce, sharded_norm
 from tpfuse.backends.cuda.all_reduce import AllReduce, Thresholds
 from tpfuse.backends.cuda.sharded_norm import ShardedNorm
 from tpfuse.backends.cuda.workspace import Workspace
 from tpfuse.errors import TpfuseError
-from tpfuse.plan import Counter, Route
+from tpfuse.plan import Route
 from tpfuse.quant import FORMATS, Format, FP8Static
 from tpfuse.reference import NormOutput
 from tpfuse.rope import Rope
@@ -43,7 +44,8 @@ def routes(thresholds: Thresholds) -> tuple[Route, ...]:
 
 
 class CudaBackend:
-    """Serves all ops. Tensors come checked, as `[T, n]` with T > 0. Raises what `fail` makes of an error."""
+    """Serves all ops. Tensors come checked, as `[T, n]` or contiguous `[..., n]`, with T > 0. Raises what `fail` makes
+    of an error."""
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class CudaBackend:
         thresholds: Thresholds,
     ) -> None:
         assert device.index is not None
-        self._index, self._world, self._fail = device.index, board.world, fail
+        self._index, self._fail = device.index, fail
         self.thresholds = thresholds
         self._spaces: list[Workspace] = []
         try:
@@ -65,13 +67,14 @@ class CudaBackend:
                 fills=all_reduce.fills(), topic="cuda/all_reduce",
             )  # fmt: skip
             self._spaces.append(sums)
+            self._norms, self._sums = norms, sums
             self._norm = ShardedNorm(device, board.rank, board.world, norms, timeout)
             self._reduce = AllReduce(device, board.rank, board.world, sums, timeout, thresholds)
         except TpfuseError:
             self.close()
             raise
         self._stream: int | None = None  # of the last call that was not captured
-        self._current: tuple[int, Call] | None = None
+        self._current: tuple[int, Served] | None = None
 
     @property
     def workspace_bytes(self) -> int:
@@ -89,13 +92,16 @@ class CudaBackend:
         residual, quant = call.residual is not None, bool(call.quant)
         return all_reduce.goes_early(call.rows, self.thresholds, call.row_sharded, residual, quant, call.keep_norm)
 
-    def begin(self, number: int, call: Call, counter: Counter) -> None:
+    def begin(self, number: int, served: Served) -> None:
         """Announce a call."""
-        self._current = (number, call)
-        counter.bytes += link_bytes(call, counter.route, self._world)
+        self._current = (number, served)
 
     def check(self) -> None:
         """Raise if a kernel gave up waiting for a peer."""
+        if self._norms.flag.value or self._sums.flag.value:
+            self._raise()
+
+    def _raise(self) -> None:
         for space, unit in zip(self._spaces, ("step", "row"), strict=True):
             record = space.read_error()
             if record is not None and self._current is not None:
@@ -103,13 +109,15 @@ class CudaBackend:
                     f"a kernel gave up after {record.waited_ns / 1e9:.3g} s: rank {record.peer} did not send {unit} "
                     f"{record.step} of block {record.block}"
                 )
-                raise self._fail(*self._current, cause)
+                number, served = self._current
+                raise self._fail(number, served.call, cause)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, weight_bias: float, out: Tensor) -> None:
-        self._norm((x,), (weight,), (out,), (eps,), weight_bias, self._current_stream())
+    def rms_norm(self, served: Served, x: Tensor, weight: Tensor, eps: float, weight_bias: float, out: Tensor) -> None:
+        self._norm(served.launches, (x,), (weight,), (out,), (eps,), weight_bias, self._current_stream())
 
     def qk_rms_norm(
         self,
+        served: Served,
         q: Tensor,
         k: Tensor,
         q_weight: Tensor,
@@ -121,27 +129,27 @@ class CudaBackend:
         out: tuple[Tensor, Tensor],
     ) -> None:
         weights, eps = (q_weight, k_weight), (q_eps, k_eps)
-        self._norm((q, k), weights, out, eps, weight_bias, self._current_stream(), rope)
+        self._norm(served.launches, (q, k), weights, out, eps, weight_bias, self._current_stream(), rope)
 
-    def all_reduce(self, x: Tensor, out: Tensor) -> None:
-        self._reduce.all_reduce(x, out, self._current_stream())
+    def all_reduce(self, served: Served, x: Tensor, out: Tensor) -> None:
+        self._reduce.all_reduce(served.launches, x, out, self._current_stream())
 
     def all_reduce_rms_norm(
         self,
+        served: Served,
         x: Tensor,
         weight: Tensor,
         residual: Tensor | None,
         eps: float,
         weight_bias: float,
         quant: Format | None,
-        call: Call,
         out: NormOutput,
     ) -> None:
         """Fills `out`."""
-        early, new = self._early(call), None if residual is None else out.residual
+        norm, new, bytes_, scale = out
         self._reduce.all_reduce_rms_norm(
-            x, weight, residual, new, out.norm, quant, out.quant, out.scale, eps, weight_bias, early,
-            self._current_stream(),
+            served.launches, x, weight, residual, new, norm, quant, bytes_, scale, eps, weight_bias,
+            served.counter.route is EARLY, self._current_stream(),
         )  # fmt: skip
 
     def _current_stream(self) -> int:

@@ -5,7 +5,7 @@
 
 A kernel takes ONE struct by value. Its fields that never change (peers' addresses, the error record) come first and are
 written once, as `fixed`; the others are packed on every call, in the order of `layout`, a format of Python's struct
-module with native alignment.
+module with native alignment. Where some of these seldom change, they are best kept as packed bytes, one value `80s`.
 
 Design record
 - ctypes, not cuda.bindings. Measured on a CPU against a C function that does nothing (Python 3.11): the foreign call
@@ -92,7 +92,7 @@ class Launcher:
         self._name, self._offset, self._pack, self._launch = function.name, len(fixed), packer.pack_into, launch_call()
         self._call = (ctypes.byref(self._config), c_void_p(function.handle), ctypes.byref(self._parameters), None)
 
-    def __call__(self, grid: int, stream: int, *values: int | float) -> None:
+    def __call__(self, grid: int, stream: int, *values: int | float | bytes) -> None:
         self._pack(self._arguments, self._offset, *values)
         self._config.grid_x = grid
         self._config.stream = stream

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tpfuse.backends.collective import Launches
 from tpfuse.backends.cuda import attribute
 from tpfuse.backends.cuda.compile import arch_of, compile_kernel, load
 from tpfuse.backends.cuda.launch import Launcher
@@ -43,10 +43,12 @@ RESIDENT_THREADS = 896  # of the block kernel on a multiprocessor: leaves 72 reg
 # Registers in which the block kernel can work ahead with several rows at a time: NVRTC 13.4 spills below.
 DEEP_REGISTERS = {"sm_90a": 72}
 DEEP_REGISTERS_ELSEWHERE = 96
+NO_TABLES = (0, 0, 0)  # of a rotation
 GROUP = 256  # elements of a group: 32 lanes of 8
 
 FIXED = struct.Struct("8QQQII")  # workspaces, error record, timeout, rank, op
-LAYOUT = "6Q4q5I5f2I3Q"
+SHAPE = struct.Struct("4q5I5f2I")  # arguments that are the same in calls that are alike, see `Served`
+LAYOUT = f"6Q{SHAPE.size}s3Q"  # and addresses, which are not
 
 
 @cache
@@ -210,10 +212,10 @@ class ShardedNorm:
             count: FIXED.pack(*bases, space.error_pointer, int(timeout * 1e9), rank, count) for count in OPS.values()
         }
         self._launchers: dict[Variant, Launcher] = {}
-        self._chosen: dict[Any, tuple[Launcher, int]] = {}
 
     def __call__(
         self,
+        launches: Launches,
         xs: Sequence[Tensor],
         weights: Sequence[Tensor],
         ys: Sequence[Tensor],
@@ -225,31 +227,44 @@ class ShardedNorm:
         """ys = norm of xs, which are one tensor, or q and k; of widths and rotated by a rope that `why_not` has
         nothing against.
 
-        `[T, n]` each, T > 0, elements of a row contiguous; ys may be xs.
+        `[T, n]` each, T > 0, elements of a row contiguous, or contiguous `[..., n]`; ys may be xs. launches: of calls
+        that differ in addresses alone.
         """
-        x, y, w = xs[0], ys[0], weights[0]
-        x2, y2, w2 = (xs[1], ys[1], weights[1]) if len(xs) == 2 else (x, y, w)
-        rows, n, m = x.shape[0], x.shape[1], x2.shape[1]
-        pointers = (x.data_ptr(), x2.data_ptr(), y.data_ptr(), y2.data_ptr())
-        strides = (x.stride(0), x2.stride(0), y.stride(0), y2.stride(0))
-        aligned = whole_vectors(x.element_size(), (*pointers, w.data_ptr(), w2.data_ptr()), strides, n, m)
-        turn = "none" if rope is None else "neighbours" if rope.interleaved else "halves"
-        key = (rows, n, m if len(xs) == 2 else 0, x.dtype, aligned, turn)
-        start = self._chosen.get(key)
+        x_at, x2_at = xs[0].data_ptr(), xs[-1].data_ptr()
+        y_at, y2_at = ys[0].data_ptr(), ys[-1].data_ptr()
+        w_at, w2_at = weights[0].data_ptr(), weights[-1].data_ptr()
+        aligned = not (x_at | x2_at | y_at | y2_at | w_at | w2_at) & 15
+        start = launches.get(aligned)
         if start is None:
-            start = self._chosen[key] = self._choose(rows, tuple(t.shape[1] for t in xs), x.dtype, aligned, turn)
-        launcher, grid = start
-        launcher(
-            grid, stream, *pointers, w.data_ptr(), w2.data_ptr(), *strides, rows, n, m,
-            GAMMA_CODES[w.dtype], GAMMA_CODES[w2.dtype], eps[0], eps[-1],
-            1.0 / (n * self._world), 1.0 / (m * self._world), weight_bias, *rotation(rope),
-        )  # fmt: skip
+            start = launches[aligned] = self._prepare(xs, weights, ys, eps, weight_bias, aligned, rope)
+        launcher, grid, shape = start
+        tables = NO_TABLES if rope is None else addresses(rope)
+        launcher(grid, stream, x_at, x2_at, y_at, y2_at, w_at, w2_at, shape, *tables)
 
-    def _choose(
-        self, rows: int, widths: tuple[int, ...], dtype: torch.dtype, aligned: bool, turn: str
-    ) -> tuple[Launcher, int]:
-        variant = choose(rows, widths, dtype, self._world, aligned, turn)
-        return self._launcher(variant), variant.grid(rows, self._multiprocessors)
+    def _prepare(
+        self,
+        xs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        ys: Sequence[Tensor],
+        eps: Sequence[float],
+        weight_bias: float,
+        aligned: bool,
+        rope: Rope | None,
+    ) -> tuple[Launcher, int, bytes]:
+        """What a call launches, on which grid, and its arguments but for addresses."""
+        x, widths = xs[0], tuple(t.shape[-1] for t in xs)
+        n, m = widths[0], widths[-1]
+        rows, strides = x.numel() // n, [row_stride(t) for t in (xs[0], xs[-1], ys[0], ys[-1])]
+        aligned = aligned and whole_vectors(x.element_size(), strides, n, m)
+        turn = "none" if rope is None else "neighbours" if rope.interleaved else "halves"
+        variant = choose(rows, widths, x.dtype, self._world, aligned, turn)
+        launcher, grid = self._launcher(variant), variant.grid(rows, self._multiprocessors)
+        shape = SHAPE.pack(
+            *strides, rows, n, m, GAMMA_CODES[weights[0].dtype], GAMMA_CODES[weights[-1].dtype], eps[0], eps[-1],
+            1.0 / (n * self._world), 1.0 / (m * self._world), weight_bias,
+            *((1, 0) if rope is None else (rope.head_dim, rope.rotary_dim)),
+        )  # fmt: skip
+        return launcher, grid, shape
 
     def _launcher(self, variant: Variant) -> Launcher:
         found = self._launchers.get(variant)
@@ -286,19 +301,15 @@ def why_not(widths: Sequence[int], rope: Rope | None = None) -> str:
     return ""
 
 
-def rotation(rope: Rope | None) -> tuple[int, int, int, int, int]:
-    """The rotation's part of the arguments."""
-    if rope is None:
-        return 1, 0, 0, 0, 0
-    tables = rope.cos.data_ptr(), rope.sin.data_ptr(), rope.positions.data_ptr()
-    return rope.head_dim, rope.rotary_dim, *tables
+def addresses(rope: Rope) -> tuple[int, int, int]:
+    return rope.cos.data_ptr(), rope.sin.data_ptr(), rope.positions.data_ptr()
 
 
-def whole_vectors(itemsize: int, pointers: Sequence[int], strides: Sequence[int], *widths: int) -> bool:
-    """Whether rows begin and end at 16-byte vectors of 8 elements."""
-    bytes_off = 0
-    for pointer in pointers:
-        bytes_off |= pointer
-    for stride in strides:
-        bytes_off |= stride * itemsize
-    return bytes_off % 16 == 0 and all(width % 8 == 0 for width in widths)
+def row_stride(x: Tensor) -> int:
+    """From a row to the next, of `[T, n]` or of contiguous `[..., n]`."""
+    return x.stride(0) if x.dim() == 2 else x.shape[-1]
+
+
+def whole_vectors(itemsize: int, strides: Sequence[int], *widths: int) -> bool:
+    """Whether rows that begin at a 16-byte vector of 8 elements all do, and end at one."""
+    return all(stride * itemsize % 16 == 0 for stride in strides) and all(width % 8 == 0 for width in widths)

@@ -209,7 +209,7 @@ class Workspace:
         self._board, self._topic = board, topic
         self._opened: list[int] = []
         self._record = Record()  # until the one in pinned memory is there, and after it is gone
-        self._flag = c_uint32.from_buffer(self._record)
+        self.flag = c_uint32.from_buffer(self._record)  # not 0: a kernel gave up, see read_error
         self._host = 0
         self._closed = False
         self.base, self.error_pointer = 0, 0
@@ -228,7 +228,7 @@ class Workspace:
 
     def read_error(self) -> ErrorRecord | None:
         """What a kernel wrote when it gave up, or None. Cheap enough for every call."""
-        if not self._flag.value:
+        if not self.flag.value:
             return None
         deadline = time.monotonic() + 0.01
         while not self._record.waited_ns and time.monotonic() < deadline:
@@ -243,7 +243,7 @@ class Workspace:
             return
         self._closed = True
         trouble = self._await_peers(self._unmap(), timeout)
-        self._flag, self._record = c_uint32(0), Record()
+        self.flag, self._record = c_uint32(0), Record()
         if trouble is None:
             trouble = self._free()
         if trouble is not None and self.base:
@@ -261,7 +261,7 @@ class Workspace:
                 self._host = int(check("cuMemHostAlloc", cuda.cuMemHostAlloc(size, flags)))
                 ctypes.memset(self._host, 0, size)
                 self._record = Record.from_address(self._host)
-                self._flag = c_uint32.from_address(self._host)
+                self.flag = c_uint32.from_address(self._host)
                 pointer = check("cuMemHostGetDevicePointer", cuda.cuMemHostGetDevicePointer(self._host, 0))
                 self.error_pointer = int(pointer)
                 rounded = -(-self.size // GRANULE) * GRANULE
