@@ -52,11 +52,19 @@ def test_without_a_residual(alone):
     torch.testing.assert_close(y, reference.rms_norm([partial()], [WEIGHT], eps=1e-6)[0])
 
 
-@pytest.mark.parametrize("first", ["norm", "reduce"])
+def test_a_boundary_gives_what_the_communicator_gives(on_ranks):
+    for rank, (deferred, plain) in enumerate(on_ranks(2, jobs.quantised_boundary)):
+        assert deferred.norm is plain.norm is None
+        for ours, theirs in zip(deferred[1:], plain[1:], strict=True):
+            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+        assert len(deferred.residual) == 3 - rank  # its own rows of 5
+
+
+@pytest.mark.parametrize("first", ["norm", "reduce", "boundary"])
 @pytest.mark.parametrize("second", ["norm", "reduce"])
 def test_consuming_twice_is_an_error(alone, first, second):
     def consume(made: PendingReduction, how: str) -> None:
-        made.reduce() if how == "reduce" else made.norm(WEIGHT, eps=1e-6)
+        made.reduce() if how == "reduce" else getattr(made, how)(WEIGHT, eps=1e-6)
 
     deferral = Deferral(alone)
     with deferral.forward():

@@ -2,9 +2,9 @@
 
 A mixer is what stands between two norms: attention, an MLP, an MoE block, a Mamba block. On each rank its output is a
 partial sum. `PendingReduction` is that partial sum together with the residual stream that it belongs to. It is not a
-tensor, and only two things consume it: `norm()`, one `all_reduce_rms_norm`, and `reduce()`, for whoever must see the
-whole value. Consuming it twice, or never, is a DeferralError: RMSNorm does not see a factor, so a sum that is reduced
-twice would go unnoticed, and one that is dropped is a layer that never was.
+tensor, and only two things consume it: `norm()` or `boundary()`, one `all_reduce_rms_norm`, and `reduce()`, for whoever
+must see the whole value. Consuming it twice, or never, is a DeferralError: RMSNorm does not see a factor, so a sum that
+is reduced twice would go unnoticed, and one that is dropped is a layer that never was.
 
 Two questions must not be one (an engine that merged them hung): is there a reduction at all, `why_not_reduced`; and
 may it wait for a norm, `why_not_deferred`. Both answer with the reason, empty for yes.
@@ -32,6 +32,8 @@ from torch import Tensor
 
 from tpfuse.communicator import Communicator
 from tpfuse.errors import TpfuseError
+from tpfuse.quant import Format
+from tpfuse.reference import NormOutput
 
 
 class DeferralError(TpfuseError):
@@ -140,13 +142,28 @@ class PendingReduction:
 
     def norm(self, weight: Tensor, *, eps: float, weight_bias: float = 0.0) -> Tensor:
         """Reduce, add the residual, and norm, in one operation. Consumes this; `total` is the new residual stream."""
+        norm = self.boundary(weight, eps=eps, weight_bias=weight_bias).norm
+        assert norm is not None
+        return norm
+
+    def boundary(
+        self,
+        weight: Tensor,
+        *,
+        eps: float,
+        weight_bias: float = 0.0,
+        quant: Format | None = None,
+        keep_norm: bool = False,
+        residual_layout: str = "replicated",
+    ) -> NormOutput:
+        """`norm()` with all that `Communicator.all_reduce_rms_norm` can do, and all of its results."""
         partial = self._take()
         out = self._deferral.comm.all_reduce_rms_norm(
-            partial, weight, residual=self._residual, eps=eps, weight_bias=weight_bias
-        )
+            partial, weight, residual=self._residual, eps=eps, weight_bias=weight_bias, quant=quant,
+            keep_norm=keep_norm, residual_layout=residual_layout,
+        )  # fmt: skip
         self._total = out.residual
-        assert out.norm is not None
-        return out.norm
+        return out
 
     def reduce(self) -> Tensor:
         """The whole value, now. Consumes this."""
