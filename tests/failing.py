@@ -53,10 +53,14 @@ def fresh_group() -> dist.ProcessGroup:
     return group
 
 
-def prepares(rank: Rank, absent: int, timeout: float) -> Outcome:
-    """All ranks but one prepare their communicator."""
+def prepares(rank: Rank, odd: int, late: float | None, timeout: float) -> tuple[Outcome, Outcome]:
+    """Each rank prepares its communicator, twice; the odd one so many seconds late, or never."""
     comm = Communicator(fresh_group(), timeout=timeout)
-    return Outcome("", "", 0.0) if rank.rank == absent else attempt(comm.prepare)
+    if rank.rank == odd:
+        if late is None:
+            return Outcome("", "", 0.0), Outcome("", "", 0.0)
+        time.sleep(late)
+    return attempt(comm.prepare), attempt(comm.prepare)
 
 
 def construct(rank: Rank, settings: Sequence[Settings | None]) -> Outcome:

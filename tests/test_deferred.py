@@ -60,6 +60,17 @@ def test_a_boundary_gives_what_the_communicator_gives(on_ranks):
         assert len(deferred.residual) == 3 - rank  # its own rows of 5
 
 
+def test_a_whole_value_needs_a_whole_residual(alone):
+    deferral = Deferral(alone)
+    with deferral.forward():
+        pending = deferral.pending(partial(), "mlp").onto(RESIDUAL[:1])
+        with pytest.raises(
+            DeferralError, match=r"mlp: its residual has shape \[1, 16\], the sum \[3, 16\].*gather_rows"
+        ):
+            pending.reduce()
+        deferral._pending.clear()
+
+
 @pytest.mark.parametrize("first", ["norm", "reduce", "boundary"])
 @pytest.mark.parametrize("second", ["norm", "reduce"])
 def test_consuming_twice_is_an_error(alone, first, second):

@@ -75,14 +75,22 @@ def test_a_rank_that_does_not_join_a_call_is_named_in_bounded_time(on_ranks, op,
             assert QUICK * 0.9 < seen.seconds < 2 * QUICK + 2  # the timeout, and as long to hear from the others
 
 
-@pytest.mark.parametrize("absent", [0, 1])
-def test_a_rank_that_does_not_prepare_is_named_in_bounded_time(on_ranks, absent):
-    seen = on_ranks(2, failing.prepares, absent, QUICK)[1 - absent]
-    assert seen.error == "PeerTimeout"
-    assert f"rank {absent} of 2 did not call prepare(), or make a call that torch.distributed serves, within 1 s" in (
-        seen.message
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("late", [None, 2.5 * QUICK])
+def test_a_rank_that_does_not_prepare_in_time_is_named_in_bounded_time(on_ranks, odd, late):
+    first, second = on_ranks(2, failing.prepares, odd, late, QUICK)[1 - odd]
+    assert first.error == second.error == "PeerTimeout"
+    assert f"rank {odd} of 2 did not call prepare(), or make a call that torch.distributed serves, within 1 s" in (
+        first.message
     )
-    assert QUICK * 0.9 < seen.seconds < QUICK + 2
+    assert QUICK * 0.9 < first.seconds < QUICK + 2
+    assert second.seconds < 0.1
+
+
+def test_a_rank_that_prepares_too_late_does_not_go_on_alone(on_ranks):
+    late, again = on_ranks(2, failing.prepares, 1, 2.5 * QUICK, QUICK)[1]
+    assert late.error == again.error == "PeerTimeout"
+    assert "rank 0 of 2 did not call prepare()" in late.message
 
 
 def test_a_slow_rank_is_waited_for(on_ranks):
@@ -279,3 +287,9 @@ def test_a_closed_communicator_says_that_it_is_closed(op):
 def test_prepare_may_be_called_at_any_time(alone):
     alone.prepare()
     alone.prepare()
+
+
+@pytest.mark.parametrize("field", ["eps", "weight_bias"])
+def test_a_number_that_is_a_tensor_is_refused(alone, field):
+    with pytest.raises(InvalidArgument, match=f"rms_norm: {field} is a Tensor; needed: a number"):
+        alone.rms_norm(torch.ones(2, 8), torch.ones(8), **{field: torch.tensor(0.5)})

@@ -4,6 +4,7 @@ messages are built only when something is wrong."""
 from __future__ import annotations
 
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -52,6 +53,15 @@ def weight(op: str, name: str, w: Tensor, x: Tensor) -> None:
         raise InvalidArgument(
             f"{op}: {name} must be contiguous and on {x.device}; it is on {w.device}, stride {w.stride()}."
         )
+
+
+def numbers(op: str, **given: object) -> None:
+    """Numbers of Python, or what counts as one: they go to kernels by value, and calls are remembered by them."""
+    for name, number in given.items():
+        if not isinstance(number, Real):
+            raise InvalidArgument(
+                f"{op}: {name.replace('_of_', ' of ')} is a {type(number).__name__}; needed: a number."
+            )
 
 
 def same_shape(op: str, name: str, y: Tensor, x: Tensor) -> None:

@@ -149,12 +149,19 @@ class Communicator:
     def prepare(self) -> None:
         """Make everything ready that later calls need. Collective; call it before capturing a CUDA graph."""
         self._check_usable()
-        if not self._prepared:
-            # Before torch.distributed connects the ranks: its own wait for one that does not come takes minutes.
-            action = "call prepare(), or make a call that torch.distributed serves,"
+        if self._prepared:
+            return
+        # Before torch.distributed connects the ranks: its own wait for one that does not come takes minutes. Twice,
+        # because a rank that comes too late finds that all others have come, but not that they have waited for it.
+        action = "call prepare(), or make a call that torch.distributed serves,"
+        try:
             agree(self._board, {}, self.timeout, "prepare", action)
+            agree(self._board, {}, self.timeout, "prepare, all there", action)
             self._collective.prepare()
-            self._prepared = True
+        except TpfuseError as error:
+            self._failure = error  # ranks that it did not reach may have gone on
+            raise
+        self._prepared = True
 
     def close(self) -> None:
         """Give back what the communicator holds. Calls after it raise CommunicatorClosed; closing twice is fine."""
@@ -414,6 +421,7 @@ class Communicator:
 
         unfit: why the cuda backend can't take this call although the plan gives it the op.
         """
+        checks.numbers(call.op, eps=call.eps, eps_of_k=call.eps2, weight_bias=call.weight_bias)
         route = self.plan.route(call.op, call.rows)
         if self._cuda is not None and route.backend == "cuda":
             route = self._fallback(call.op, unfit) if unfit else self._cuda.refine(route, call)

@@ -166,7 +166,12 @@ class PendingReduction:
         return out
 
     def reduce(self) -> Tensor:
-        """The whole value, now. Consumes this."""
+        """The whole value, now. Consumes this. Its residual must have all rows."""
+        if self._residual is not None and self._partial is not None and self._residual.shape != self._partial.shape:
+            raise DeferralError(
+                f"{self.origin}: its residual has shape {list(self._residual.shape)}, the sum "
+                f"{list(self._partial.shape)}. Of a residual that is sharded by rows, gather_rows() first."
+            )
         summed = self._deferral.comm.all_reduce(self._take())
         self._total = summed if self._residual is None else self._residual + summed
         return self._total
