@@ -148,7 +148,7 @@ def job(rank: Rank, tokens: int, calls: int, repeats: int) -> list[dict[str, Any
                     comm._collective.close()
                     comm._collective = Nothing(inputs[-1]["x"])  # type: ignore[assignment]
                 for case, i in zip(cases, inputs, strict=True):
-                    served = comm.plan.route(case.called, tokens).backend
+                    served = comm.plan.of(case.called)[0].backend
                     if backend == "auto" and served == "collective":  # measured before
                         continue
                     for (op, way), call in calls_of(comm, case, i).items():

@@ -22,7 +22,9 @@ from tpfuse.backends.cuda.all_reduce import (
     GROUP,
     HEADER,
     LAYOUT,
+    MAX_BLOCKS,
     MAX_GROUPS,
+    MAX_SPLIT_ROWS,
     MAX_WIDTH,
     SHAPE,
     SPLIT,
@@ -32,18 +34,18 @@ from tpfuse.backends.cuda.all_reduce import (
     half_bytes,
     limits,
     ring_rows,
-    slot_bytes,
     spread,
     variants,
     why_not,
 )
 from tpfuse.backends.cuda.compile import KERNELS, compile_kernel
 from tpfuse.backends.cuda.workspace import GRANULE
-from tpfuse.plan import Route
+from tpfuse.plan import Route, slot_bytes
 from tpfuse.quant import FORMATS
 
 SIXTEEN = Thresholds(16, 128)
-WIDTHS = (1, 7, 8, 100, *range(128, MAX_WIDTH + 1, 8))
+SIZES = (1, 16 << 10, (16 << 10) + 1, 1 << 30)
+WIDTHS = (1, 7, 100, *range(8, MAX_WIDTH + 1, 8))
 HEADER_FILE = Path(KERNELS / "all_reduce.h").read_text(encoding="utf-8")
 
 
@@ -58,10 +60,10 @@ def constant(name: str) -> int:
 
 def test_one_shot_up_to_its_threshold_and_never_before_a_gather() -> None:
     for path in ("sum", "norm"):
-        assert [algorithm_for(rows, path, SIXTEEN) for rows in (1, 16, 17, 10**6)] == [
+        assert [algorithm_for(size, path, SIXTEEN) for size in SIZES] == [
             "one_shot", "one_shot", "two_shot", "two_shot",
         ]  # fmt: skip
-    assert {algorithm_for(rows, "early", SIXTEEN) for rows in (1, 16, 17)} == {"two_shot"}
+    assert {algorithm_for(size, "early", SIXTEEN) for size in SIZES} == {"two_shot"}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_one_shot_up_to_its_threshold_and_never_before_a_gather() -> None:
 def test_norm_before_gather(
     row_sharded: bool, residual: bool, quant: bool, keep_norm: bool, few: bool, many: bool
 ) -> None:
-    found = [goes_early(rows, SIXTEEN, row_sharded, residual, quant, keep_norm) for rows in (1, 16, 17, 4096)]
+    found = [goes_early(size, SIXTEEN, row_sharded, residual, quant, keep_norm) for size in SIZES]
     assert found == [few, few, many, many]
 
 
@@ -148,13 +150,44 @@ def test_rows_with_slots_stay_inside_of_the_workspace(world: int, itemsize: int)
 
 @pytest.mark.parametrize("world", DEFAULTS)
 def test_one_shot_has_slots_for_all_rows_of_a_call(world: int) -> None:
-    """It has no word about slots that become free, so the threshold is bounded for the widest rows."""
-    assert DEFAULTS[world].one_shot_rows <= limits(world).one_shot_rows
-    assert DEFAULTS[world].split_rows <= limits(world).split_rows
-    rows = limits(world).one_shot_rows
-    for width, itemsize, parts in product(WIDTHS, (2, 4), (1, SPLIT["one_shot"])):
-        assert rows * world * slot_bytes(width, itemsize) <= half_bytes()
-        assert rows <= ring_rows(width, itemsize, world, parts)
+    """It has no word about slots that become free, so the thresholds are bounded. As kernels/all_reduce.h has it: row t
+    has the slots t * W to t * W + W - 1, if it lies within the ring, which is as long as the row's parts allow."""
+    assert DEFAULTS[world].one_shot_kib <= limits(world).one_shot_kib
+    assert DEFAULTS[world].split_rows <= limits(world).split_rows == MAX_SPLIT_ROWS
+    for width, itemsize in product(WIDTHS, (2, 4)):
+        slot = slot_bytes(width, itemsize)
+        rows = (limits(world).one_shot_kib << 10) // slot  # the most that one-shot is given
+        assert rows * world * slot <= half_bytes()
+        for split in (False, True):
+            count = min(rows, MAX_SPLIT_ROWS) if split else rows
+            parts, _, _ = spread("one_shot", width, itemsize * world, split)
+            assert count <= ring_rows(width, itemsize, world, parts)
+            assert count * parts <= MAX_BLOCKS  # in one launch
+
+
+@pytest.mark.parametrize("world", DEFAULTS)
+def test_the_limit_of_one_shot_is_the_largest(world: int) -> None:
+    """With one KiB more, there would be rows without a slot."""
+    beyond = (limits(world).one_shot_kib + 1) << 10
+    assert any(
+        beyond // slot_bytes(width, itemsize) > ring_rows(width, itemsize, world, 1)
+        for width, itemsize in product(WIDTHS, (2, 4))
+    )
+
+
+def test_edges_stand_for_all_row_counts() -> None:
+    for thresholds, row_bytes in product(
+        (Thresholds(16, 128), Thresholds(128, 16), Thresholds(5, 5), Thresholds(1, 0)), (32, 208, 1024, 6144, 65536)
+    ):
+        edges = thresholds.edges(row_bytes)
+
+        def way(rows: int, thresholds: Thresholds = thresholds, row_bytes: int = row_bytes) -> tuple[str, bool]:
+            return algorithm_for(rows * row_bytes, "sum", thresholds), rows <= thresholds.split_rows
+
+        assert {way(rows) for rows in edges} == {way(rows) for rows in range(1, 5000)}
+        assert min(edges) == 1
+    assert Thresholds(48, 128).edges(6144) == (1, 8, 9, 128, 129)
+    assert Thresholds(48, 128).edges(65536) == (1, 128, 129)  # no row is as small
 
 
 @pytest.mark.parametrize("name", FORMATS)

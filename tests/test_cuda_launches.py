@@ -16,10 +16,10 @@ from torch import Tensor
 
 from tpfuse import Communicator, Rope, quant
 from tpfuse.backends.cuda import all_reduce, sharded_norm
-from tpfuse.backends.cuda.all_reduce import DEFAULTS, MAX_BLOCKS, AllReduce, ring_rows, slot_bytes
+from tpfuse.backends.cuda.all_reduce import DEFAULTS, MAX_BLOCKS, AllReduce, ring_rows
 from tpfuse.backends.cuda.backend import CudaBackend, routes
 from tpfuse.backends.cuda.sharded_norm import ShardedNorm
-from tpfuse.plan import Plan
+from tpfuse.plan import Plan, slot_bytes
 
 WORLD, STREAM = 4, 7
 BF16 = torch.bfloat16
@@ -167,6 +167,24 @@ def test_addresses_that_are_not_aligned_have_a_kernel_of_their_own(comm: Communi
         ((first, *_),) = launches(comm.qk_rms_norm, **norm, out=out)
         ((second, *_),) = launches(comm.qk_rms_norm, **norm, out=outs)
         assert first.name != second.name
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("width", [1, 100, 1536, 3072, 4096])
+@pytest.mark.parametrize("fp8", [None, quant.FP8PerToken()])
+def test_the_report_names_the_algorithm_that_was_launched(
+    comm: Communicator, width: int, dtype: torch.dtype, fp8: quant.Format | None
+) -> None:
+    """On both sides of the threshold, which is one of bytes: the plan and the launch decide alike."""
+    last = (DEFAULTS[WORLD].one_shot_kib << 10) // slot_bytes(width, dtype.itemsize)
+    above = "two-shot push" if fp8 is None else "two-shot push, norm before gather"
+    x, gamma = torch.zeros(last + 1, width, dtype=dtype), torch.ones(width)
+    for rows, kernel, algorithm in ((last, "one_shot", "one-shot push"), (last + 1, "two_shot", above)):
+        comm._served.clear()
+        comm._counters.clear()
+        made = launches(comm.all_reduce_rms_norm, x[:rows], gamma, quant=fp8)
+        assert {f"reduce_{kernel}<" in launcher.name for launcher, *_ in made} == {True}
+        assert [c.route.algorithm for c in comm.report().counters] == [algorithm]
 
 
 def test_the_kernels_address_rows_of_any_leading_dimensions(comm: Communicator) -> None:

@@ -13,13 +13,14 @@ from jobs import Case
 from rich.console import Console
 
 from tpfuse.backends import collective
+from tpfuse.backends.collective import Call
 from tpfuse.plan import MODES, OPS, Counter, Facts, Plan, Report, Route, combined_mode
 
 REASON = "backend cuda needs GPUs, the device is cpu; backend collective has no fused kernels"
 
 
-def route(op="all_reduce", max_rows=None, *, mode="fused", algorithm="one-shot", reason=""):
-    return Route(op, max_rows, "cuda", algorithm, mode, reason)
+def route(op="all_reduce", max_kib=None, *, mode="fused", algorithm="one-shot", reason=""):
+    return Route(op, max_kib, "cuda", algorithm, mode, reason)
 
 
 def plan_of(*routes, mode="fused"):
@@ -43,21 +44,41 @@ def text_of(thing, width=200):
 
 
 @pytest.mark.parametrize(
-    ("rows", "algorithm"),
-    [(0, "one-shot"), (1, "one-shot"), (16, "one-shot"), (17, "two-shot"), (4096, "two-shot"), (4097, "ring")],
+    ("size_in_bytes", "algorithm"),
+    [
+        (0, "one-shot"), (1, "one-shot"), (16 << 10, "one-shot"),
+        ((16 << 10) + 1, "two-shot"), (4 << 20, "two-shot"), ((4 << 20) + 1, "ring"),
+    ],
+)  # fmt: skip
+def test_a_bound_is_the_last_size_that_its_route_serves(size_in_bytes, algorithm):
+    plan = plan_of(route(max_kib=16), route(max_kib=4096, algorithm="two-shot"), route(max_kib=None, algorithm="ring"))
+    assert plan.route("all_reduce", size_in_bytes).algorithm == algorithm
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "size_in_bytes"),
+    [
+        (3072, torch.bfloat16, 3072 * 2),
+        (3072, torch.float32, 3072 * 4),
+        (3073, torch.float16, 3080 * 2),  # whole vectors of 8 elements
+        (17, torch.float32, 24 * 4),
+        (16, torch.bfloat16, 32),
+        (9, torch.bfloat16, 32),
+        (1, torch.float32, 32),  # at least
+        (1, torch.float16, 32),
+    ],
 )
-def test_a_bound_is_the_last_row_count_that_its_route_serves(rows, algorithm):
-    plan = plan_of(
-        route(max_rows=16), route(max_rows=4096, algorithm="two-shot"), route(max_rows=None, algorithm="ring")
-    )
-    assert plan.route("all_reduce", rows).algorithm == algorithm
+def test_the_size_of_a_call(width, dtype, size_in_bytes):
+    for rows in (0, 1, 7):
+        call = Call("all_reduce", rows, width, 0, dtype, None, 0.0, 0.0, 0.0)
+        assert call.size_in_bytes == rows * size_in_bytes
 
 
 def test_routes_of_ops_do_not_mix():
     plan = plan_of(route("rms_norm", 8), route("rms_norm", algorithm="two-shot"), route("all_reduce", algorithm="ring"))
-    assert plan.route("rms_norm", 8).algorithm == "one-shot"
-    assert plan.route("all_reduce", 8).algorithm == "ring"
-    assert [r.max_rows for r in plan.of("rms_norm")] == [8, None]
+    assert plan.route("rms_norm", 8 << 10).algorithm == "one-shot"
+    assert plan.route("all_reduce", 8 << 10).algorithm == "ring"
+    assert [r.max_kib for r in plan.of("rms_norm")] == [8, None]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +117,7 @@ def test_parts_of_different_modes_are_mixed(modes, one):
 
 def test_the_effective_mode_of_a_plan_is_mixed_where_part_of_it_falls_back():
     assert plan_of().effective_mode == "fused"
-    assert plan_of(route(max_rows=16), route(mode="control", reason="too wide")).effective_mode == "mixed"
+    assert plan_of(route(max_kib=16), route(mode="control", reason="too wide")).effective_mode == "mixed"
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -131,13 +152,13 @@ def test_the_algorithm_says_what_is_exchanged():
 
 
 def report_of(*counters, mode="fused", effective="mixed"):
-    plan = plan_of(route(max_rows=16), route(mode="control", reason="more than 16 rows"))
+    plan = plan_of(route(max_kib=16), route(mode="control", reason="more than 16 KiB"))
     return Report(mode, effective, 1, 4, "cuda:1", "nccl", plan, counters)
 
 
 COUNTERS = (
-    Counter(route(max_rows=16), calls=3, captured=1, rows=12, bytes=98304),
-    Counter(route(mode="control", reason="more than 16 rows"), calls=1000, rows=64000, bytes=2**40),
+    Counter(route(max_kib=16), calls=3, captured=1, rows=12, bytes=98304),
+    Counter(route(mode="control", reason="more than 16 KiB"), calls=1000, rows=64000, bytes=2**40),
 )
 
 
@@ -145,20 +166,21 @@ def test_plan_and_report_are_json():
     data = json.loads(json.dumps(report_of(*COUNTERS).as_dict()))
     assert data["requested_mode"] == "fused"
     assert data["effective_mode"] == "mixed"
-    assert data["reasons"] == ["more than 16 rows"]
+    assert data["reasons"] == ["more than 16 KiB"]
     assert data["plan"]["effective_mode"] == "mixed"
     assert data["plan"]["routes"][0] == {
-        "op": "all_reduce", "max_rows": 16, "backend": "cuda", "algorithm": "one-shot", "mode": "fused", "reason": "",
+        "op": "all_reduce", "max_kib": 16, "backend": "cuda", "algorithm": "one-shot", "mode": "fused", "reason": "",
     }  # fmt: skip
     assert data["counters"][1]["bytes"] == 2**40
-    assert data["counters"][0]["max_rows"] == 16
+    assert data["counters"][0]["max_kib"] == 16
 
 
 def test_a_plan_prints_as_a_table():
     text = text_of(report_of().plan)
     assert "4 ranks, requested fused, effective mixed" in text
-    assert "<= 16" in text
-    assert "more than 16 rows" in text
+    assert "rows of a rank" in text
+    assert "<= 16 KiB" in text
+    assert "more than 16 KiB" in text
     assert all(op in text for op in OPS)
 
 
@@ -166,12 +188,12 @@ def test_a_report_prints_as_a_table_with_its_reasons():
     text = text_of(report_of(*COUNTERS))
     assert "rank 1 of 4 on cuda:1 (nccl): requested fused, effective mixed" in text
     assert "98,304" in text
-    assert "not as requested: more than 16 rows" in text
+    assert "not as requested: more than 16 KiB" in text
 
 
 def test_a_narrow_terminal_folds_and_loses_nothing():
     text = "".join(c for c in text_of(report_of().plan, width=50) if c.isalnum())
-    assert "morethan16rows" in text or "more" in text
+    assert "morethan16KiB" in text or "more" in text
 
 
 def test_a_report_without_calls_prints():

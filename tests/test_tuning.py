@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tpfuse.bench import tune
 from tpfuse.bench.method import gathered
 from tpfuse.bench.tune import ROWS, WAYS, WIDTHS, Size, Times, Tuning, Way, choose, way_of
 from tpfuse.errors import InvalidArgument, RankMismatch, TpfuseError, Unsupported
-from tpfuse.info import thresholds_of
+from tpfuse.info import Info, Tuned, show, thresholds_of
 from tpfuse.launch import Rank
 
 H200 = "NVIDIA H200 with 132 multiprocessors"
@@ -41,20 +41,20 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def stand_in_us(size: Size, way: Way, one_shot_rows: float, split_rows: float) -> float:
-    """A stand-in for the time of a call: curves that cross behind so many rows."""
-    slow_algorithm = (size.rows / (one_shot_rows + 0.5)) ** (0.3 if way.algorithm == "one_shot" else -0.3)
+def stand_in_us(size: Size, way: Way, one_shot_kib: float, split_rows: float) -> float:
+    """A stand-in for the time of a call: curves that cross behind so many KiB, and behind so many rows."""
+    slow_algorithm = (size.kib / (one_shot_kib + 0.5)) ** (0.3 if way.algorithm == "one_shot" else -0.3)
     slow_spread = (size.rows / (split_rows + 0.5)) ** (0.2 if way.split else -0.2)
     return (3 + size.rows * size.width / 1e6) * slow_algorithm * slow_spread
 
 
-def stand_in_times(one_shot_rows: float, split_rows: float, world: int = 4) -> Times:
-    most = limits(world).one_shot_rows
+def stand_in_times(one_shot_kib: float, split_rows: float, world: int = 4) -> Times:
+    most = limits(world).one_shot_kib
     return {
         size: {
-            way: stand_in_us(size, way, one_shot_rows, split_rows)
+            way: stand_in_us(size, way, one_shot_kib, split_rows)
             for way in WAYS
-            if way.algorithm == "two_shot" or size.rows <= most
+            if way.algorithm == "two_shot" or size.kib <= most
         }
         for size in (Size(*both) for both in product(ROWS, WIDTHS))
     }
@@ -63,17 +63,27 @@ def stand_in_times(one_shot_rows: float, split_rows: float, world: int = 4) -> T
 # Choosing
 
 
-@pytest.mark.parametrize(("one_shot_rows", "split_rows"), [(8, 128), (16, 128), (32, 256), (48, 24), (1, 512), (96, 1)])
-def test_the_choice_is_where_the_curves_cross(one_shot_rows: int, split_rows: int) -> None:
-    assert choose(stand_in_times(one_shot_rows, split_rows), 4) == Thresholds(one_shot_rows, split_rows)
+@pytest.mark.parametrize(
+    ("one_shot_kib", "split_rows"), [(64, 128), (128, 128), (192, 256), (288, 24), (6, 512), (1536, 1), (768, 0)]
+)
+def test_the_choice_is_where_the_curves_cross(one_shot_kib: int, split_rows: int) -> None:
+    assert choose(stand_in_times(one_shot_kib, split_rows), 4) == Thresholds(one_shot_kib, split_rows)
+
+
+def test_a_size_counts_as_thresholds_do() -> None:
+    assert (Size(16, 3072).size_in_bytes, Size(16, 3072).kib) == (96 << 10, 96)
+    assert (Size(3, 2880).size_in_bytes, Size(3, 2880).kib) == (17280, 17)  # the least bound that it is within
+    for size in (Size(3, 2880), Size(16, 3072)):
+        assert way_of(size, Thresholds(size.kib, 0)).algorithm == "one_shot"
+        assert way_of(size, Thresholds(size.kib - 1, 0)).algorithm == "two_shot"
 
 
 def test_one_noisy_point_does_not_decide() -> None:
-    times = {size: dict(ways) for size, ways in stand_in_times(32, 128).items()}
+    times = {size: dict(ways) for size, ways in stand_in_times(192, 128).items()}
     for split in (True, False):
         times[Size(4, WIDTHS[0])][Way("one_shot", split)] *= 1.5
         times[Size(48, WIDTHS[1])][Way("one_shot", split)] *= 0.8
-    assert choose(times, 4) == Thresholds(32, 128)
+    assert choose(times, 4) == Thresholds(192, 128)
 
 
 def test_the_defaults_stay_where_nothing_is_faster() -> None:
@@ -87,13 +97,13 @@ def test_the_defaults_stay_where_nothing_is_faster() -> None:
 @pytest.mark.parametrize("world", DEFAULTS)
 def test_one_shot_is_never_chosen_for_more_rows_than_have_slots(world: int) -> None:
     chosen = choose(stand_in_times(1e6, 0.1, world), world)
-    assert chosen.one_shot_rows == max(rows for rows in ROWS if rows <= limits(world).one_shot_rows)
+    sizes = {size.kib for size in (Size(*both) for both in product(ROWS, WIDTHS))}
+    assert chosen.one_shot_kib == max(kib for kib in sizes if kib <= limits(world).one_shot_kib)
 
 
 def test_the_ways_are_what_thresholds_decide_between() -> None:
-    assert {way_of(rows, way.forced) for way in WAYS for rows in (1, 64)} == set(WAYS)
-    for way, rows in product(WAYS, ROWS):
-        assert way_of(rows, way.forced) == way
+    for way, rows, width in product(WAYS, ROWS, WIDTHS):
+        assert way_of(Size(rows, width), way.forced) == way
 
 
 class StandInTimer:
@@ -103,7 +113,7 @@ class StandInTimer:
         self.rank, self.slow = rank.rank, slow
 
     def __call__(self, size: Size) -> Mapping[Way, float]:
-        one_shot = 12 if self.rank == self.slow else 32
+        one_shot = 72 if self.rank == self.slow else 192
         own = {way: stand_in_us(size, way, one_shot, 64) * (10 if self.rank == self.slow else 1) for way in WAYS}
         every = gathered(own)
         return {way: max(times[way] for times in every) for way in WAYS}
@@ -113,7 +123,7 @@ class StandInTimerOfOneRank(StandInTimer):
     """A timer that is broken: its ranks see different times."""
 
     def __call__(self, size: Size) -> Mapping[Way, float]:
-        return {way: stand_in_us(size, way, 8 if self.rank else 24, 64) for way in WAYS}
+        return {way: stand_in_us(size, way, 48 if self.rank else 144, 64) for way in WAYS}
 
 
 def tune_with(rank: Rank, timer: Any, *arguments: Any) -> Tuning:
@@ -123,25 +133,39 @@ def tune_with(rank: Rank, timer: Any, *arguments: Any) -> Tuning:
 def test_the_slowest_rank_decides(on_ranks: OnRanks) -> None:
     found = on_ranks(2, tune_with, StandInTimer, 1)
     assert found[0] == found[1]
-    assert found[0].thresholds == Thresholds(12, 64)
+    assert found[0].thresholds == Thresholds(72, 64)
     assert (found[0].world, found[0].model) == (2, H200)
 
 
 def test_all_ranks_have_the_choice_of_rank_0(on_ranks: OnRanks) -> None:
     found = on_ranks(2, tune_with, StandInTimerOfOneRank, 0)
     assert found[0].times != found[1].times
-    assert [tuning.thresholds for tuning in found] == [Thresholds(24, 64)] * 2
+    assert [tuning.thresholds for tuning in found] == [Thresholds(144, 64)] * 2
 
 
 def test_the_table_shows_times_and_choice() -> None:
     console = Console(file=io.StringIO(), width=200)
-    console.print(tune.report(Tuning(H200, 4, stand_in_times(32, 64), Thresholds(32, 64))))
+    times = stand_in_times(192, 64)
+    console.print(tune.report(Tuning(H200, 4, times, Thresholds(192, 64))))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "4 x NVIDIA H200 with 132 multiprocessors" in text
-    assert "one-shot up to 32 rows, rows split up to 64 (by default 16 and 128)" in text
+    assert "6 KiB a row" in text
+    assert "one-shot up to 192 KiB, rows split up to 64 (by default 128 KiB and 128)" in text
     (row,) = (line for line in text.splitlines() if line.startswith("│  256 "))
-    assert row.split("│")[2].strip() == "-"  # no slots for one-shot of so many rows
-    assert "two-shot, whole rows" in row
+    cells = [cell.strip() for cell in row.split("│")]
+    whole = times[Size(256, 3072)][Way("one_shot", False)], times[Size(256, 3072)][Way("two_shot", False)]
+    assert cells[2] == "{:.2f} / {:.2f}".format(*whole)
+    assert cells[4].startswith("- / ")  # no slots for one-shot of so many bytes
+
+
+def test_the_table_has_what_is_taken_in_bold() -> None:
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="standard")
+    console.print(tune.report(Tuning(H200, 4, stand_in_times(192, 24), Thresholds(192, 24))))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    (row,) = (line for line in text.splitlines() if re.search(r"│\s+32 │", line))
+    found = [[part.startswith("\x1b[1m") for part in cell.strip().split(" / ")] for cell in row.split("│")[2:-1]]
+    one, two, whole = [True, False], [False, True], [False, True]
+    assert found == [one, two, two, whole]  # 192, 256 and 384 KiB; more than 24 rows
 
 
 # The file
@@ -173,8 +197,11 @@ def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 def entry(**fields: object) -> str:
-    given = {"one_shot_rows": 16, "split_rows": 128} | fields
-    return json.dumps({"format": 1, "gpus": {H200: {"4": given}}})
+    given = {"one_shot_kib": 128, "split_rows": 128} | fields
+    return json.dumps({"format": 2, "gpus": {H200: {"4": given}}})
+
+
+FORMER = json.dumps({"format": 1, "gpus": {H200: {"4": {"one_shot_rows": 16, "split_rows": 128}}}})
 
 
 @pytest.mark.parametrize(
@@ -183,15 +210,16 @@ def entry(**fields: object) -> str:
         ("", "JSONDecodeError"),
         (entry()[:-3], "JSONDecodeError"),
         ("[]", "TypeError"),
-        ('{"format": 2, "gpus": {}}', "format 2, supported: 1"),
+        ('{"format": 3, "gpus": {}}', "format 3, supported: 2"),
+        (FORMER, "format 1, supported: 2; format 1 had rows instead of KiB). Delete it and tune again."),
         ('{"gpus": {}}', "'format'"),
-        ('{"format": 1, "gpus": {"H200": {"four": {}}}}', "four"),
-        ('{"format": 1, "gpus": {"H200": {"9": {}}}}', "9 ranks; supported: 2 to 8"),
+        ('{"format": 2, "gpus": {"H200": {"four": {}}}}', "four"),
+        ('{"format": 2, "gpus": {"H200": {"9": {}}}}', "9 ranks; supported: 2 to 8"),
         (entry(other=1), "other"),
-        (entry(one_shot_rows="16"), "one_shot_rows='16'"),
-        (entry(one_shot_rows=True), "one_shot_rows=True"),
-        (entry(one_shot_rows=0), "one_shot_rows=0 for 4 ranks; supported: 1 to"),
-        (entry(one_shot_rows=10**6), "one_shot_rows=1000000"),
+        (entry(one_shot_kib="16"), "one_shot_kib='16'"),
+        (entry(one_shot_kib=True), "one_shot_kib=True"),
+        (entry(one_shot_kib=0), "one_shot_kib=0 for 4 ranks; supported: 1 to 1984"),
+        (entry(one_shot_kib=10**6), "one_shot_kib=1000000"),
         (entry(split_rows=-1), "split_rows=-1"),
         (entry(split_rows=MAX_SPLIT_ROWS + 1), f"supported: 0 to {MAX_SPLIT_ROWS}"),
         ("\udc80", "can't be read"),
@@ -255,22 +283,22 @@ def test_ranks_that_loaded_other_thresholds_are_a_mismatch(on_ranks: OnRanks, tm
     assert on_ranks(2, load_and_compare, [str(one)] * 2) == [str(Thresholds(24, 96))] * 2
     assert on_ranks(2, load_and_compare, [str(none)] * 2) == [str(DEFAULTS[2])] * 2
     for rank, message in enumerate(on_ranks(2, load_and_compare, [str(one), str(other)])):
-        assert "the ranks differ: rank 1 has one_shot_rows=32, rank 0 has 24." in message
+        assert "the ranks differ: rank 1 has one_shot_kib=32, rank 0 has 24." in message
         assert f"`tpfuse tune` keeps them in {(one, other)[rank]}: give all ranks the same file" in message
     for message in on_ranks(2, load_and_compare, [str(none), str(one)]):
-        assert f"rank 1 has one_shot_rows=24, rank 0 has {DEFAULTS[2].one_shot_rows}" in message
+        assert f"rank 1 has one_shot_kib=24, rank 0 has {DEFAULTS[2].one_shot_kib}" in message
 
 
 # Where they show
 
 
-def test_the_plan_has_the_row_bounds() -> None:
+def test_the_plan_has_the_bound_in_kib() -> None:
     found = routes(Thresholds(24, 96))
-    bounds = {(r.op, r.max_rows): r.algorithm for r in found if r.op.startswith("all_reduce")}
+    bounds = {(r.op, r.max_kib): r.algorithm for r in found if r.op.startswith("all_reduce")}
     assert bounds == {
-        (op, rows): algorithm
+        (op, kib): algorithm
         for op in ("all_reduce", "all_reduce_rms_norm")
-        for rows, algorithm in ((24, "one-shot push"), (None, "two-shot push"))
+        for kib, algorithm in ((24, "one-shot push"), (None, "two-shot push"))
     }
 
 
@@ -282,12 +310,11 @@ def test_info_says_what_a_new_communicator_goes_by(file: Path) -> None:
     assert (four.world, four.thresholds, four.source) == (4, Thresholds(24, 96), str(file))
 
 
-def test_edges_stand_for_all_row_counts() -> None:
-    for thresholds in (Thresholds(16, 128), Thresholds(128, 16), Thresholds(5, 5), Thresholds(1, 0)):
-        every = {way_of(rows, thresholds) for rows in range(1, 300)}
-        assert {way_of(rows, thresholds) for rows in thresholds.edges} == every
-        assert min(thresholds.edges) == 1
-    assert replace(Thresholds(16, 128), one_shot_rows=8).edges == (1, 8, 9, 128, 129)
+def test_info_shows_thresholds_with_their_units() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    show(console, Info({}, "", (), (), (), (Tuned(4, Thresholds(24, 96), "default"),)))
+    (row,) = (line for line in console.file.getvalue().splitlines() if "default" in line)  # type: ignore[attr-defined]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["4", "24 KiB of a rank", "96 rows", "default"]
 
 
 @pytest.mark.parametrize(

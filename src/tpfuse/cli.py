@@ -96,7 +96,7 @@ def tune(
         Path | None, typer.Option(help="Write to this file.", show_default="where communicators look")
     ] = None,
 ) -> None:
-    """Measure up to how many rows each way of reducing is the fastest here, and keep that for communicators."""
+    """Measure up to which size each way of reducing is the fastest here, and keep that for communicators."""
     from tpfuse.backends.cuda import tuning
     from tpfuse.bench import tune as tuner
 

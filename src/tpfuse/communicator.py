@@ -422,7 +422,7 @@ class Communicator:
         unfit: why the cuda backend can't take this call although the plan gives it the op.
         """
         checks.numbers(call.op, eps=call.eps, eps_of_k=call.eps2, weight_bias=call.weight_bias)
-        route = self.plan.route(call.op, call.rows)
+        route = self.plan.route(call.op, call.size_in_bytes)
         if self._cuda is not None and route.backend == "cuda":
             route = self._fallback(call.op, unfit) if unfit else self._cuda.refine(route, call)
         own_kernels = route.backend == "cuda"

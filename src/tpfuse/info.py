@@ -190,7 +190,8 @@ def show(console: Console, info: Info) -> None:
         table.add_row(b.name, "[green]yes[/]" if b.available else "[red]no[/]", b.detail)
     console.print(table)
     if info.tuned:
-        table = Table("ranks", "one-shot up to", "rows split up to", "from", title="thresholds of all-reduces, in rows")
+        table = Table("ranks", "one-shot up to", "split up to", "from", title="thresholds of all-reduces")
         for t in info.tuned:
-            table.add_row(str(t.world), str(t.thresholds.one_shot_rows), str(t.thresholds.split_rows), t.source)
+            one_shot, split = f"{t.thresholds.one_shot_kib} KiB of a rank", f"{t.thresholds.split_rows} rows"
+            table.add_row(str(t.world), one_shot, split, t.source)
         console.print(table)

@@ -1,7 +1,10 @@
-"""The plan: which backend and algorithm serve which op at which row count, and why, as data.
+"""The plan: which backend and algorithm serve which op at which size, and why, as data.
 
 A plan is a function of facts that are the same on every rank; the communicator checks that once, across ranks.
 Counters and the report say what really ran under it.
+
+A size is that of the rows which one rank brings, as they cross the links: `slot_bytes` a row. Plans and the kernels'
+launches compare it by the same function, `within`, so a counter names the algorithm that ran.
 """
 
 from __future__ import annotations
@@ -18,6 +21,17 @@ MODES = ("off", "control", "fused")
 ANY = "any"  # the mode of what is the same in all of them
 
 
+def slot_bytes(width: int, itemsize: int) -> int:
+    """What a row of so many elements takes, in bytes: whole vectors of 8 elements, and 32 at least, for one that is
+    quantised, and its scale."""
+    return max(32, -(-width // 8) * 8 * itemsize)
+
+
+def within(size_in_bytes: int, kib: int) -> bool:
+    """Whether rows of that size are still served the way that a bound, in KiB, ends."""
+    return size_in_bytes <= kib << 10
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a plan depends on: the same on every rank, or the communicator refuses to start."""
@@ -32,10 +46,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Route:
-    """One row of the plan: how `op` is served up to `max_rows` rows (None: any number)."""
+    """One row of the plan: how `op` is served where a rank's rows take at most `max_kib` KiB (None: any size)."""
 
     op: str
-    max_rows: int | None
+    max_kib: int | None
     backend: str
     algorithm: str
     mode: str  # effective
@@ -53,18 +67,18 @@ class Plan:
 
     def __post_init__(self) -> None:
         for op in OPS:
-            bounds = [route.max_rows for route in self.routes if route.op == op]
+            bounds = [route.max_kib for route in self.routes if route.op == op]
             finite = [bound for bound in bounds[:-1] if bound is not None]
             if not bounds or bounds[-1] is not None or finite != sorted(set(finite)) or len(finite) != len(bounds) - 1:
                 raise ValueError(f"plan: routes of {op} need rising bounds that end with None; given {bounds}")
 
     def of(self, op: str) -> tuple[Route, ...]:
-        """The routes of one op, by rising row bound."""
+        """The routes of one op, by rising bound."""
         return tuple(route for route in self.routes if route.op == op)
 
-    def route(self, op: str, rows: int) -> Route:
-        """The route that serves `rows` rows of `op`."""
-        return next(r for r in self.routes if r.op == op and (r.max_rows is None or rows <= r.max_rows))
+    def route(self, op: str, size_in_bytes: int) -> Route:
+        """The route that serves `op` where a rank's rows take so many bytes: of `slot_bytes` each."""
+        return next(r for r in self.routes if r.op == op and (r.max_kib is None or within(size_in_bytes, r.max_kib)))
 
     @property
     def effective_mode(self) -> str:
@@ -81,11 +95,11 @@ class Plan:
     def __rich__(self) -> Table:
         modes = f"requested {self.requested_mode}, effective {self.effective_mode}"
         table = Table(title=f"plan: {self.world} ranks, {modes}")
-        for name in ("op", "rows", "backend", "algorithm", "mode", "reason"):
+        for name in ("op", "rows of a rank", "backend", "algorithm", "mode", "reason"):
             table.add_column(name, overflow="fold")
         for r in self.routes:
-            rows = "any" if r.max_rows is None else f"<= {r.max_rows}"
-            table.add_row(r.op, rows, r.backend, r.algorithm, r.mode, r.reason)
+            size = "any" if r.max_kib is None else f"<= {r.max_kib} KiB"
+            table.add_row(r.op, size, r.backend, r.algorithm, r.mode, r.reason)
         return table
 
 

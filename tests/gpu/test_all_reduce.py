@@ -33,6 +33,7 @@ from tpfuse.bench import tune
 from tpfuse.checks import own_rows
 from tpfuse.errors import TpfuseError
 from tpfuse.launch import Rank, RankFailed, Ranks
+from tpfuse.plan import slot_bytes
 from tpfuse.quant import FORMATS, Format
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -165,10 +166,15 @@ def cuda_only(comm: Communicator) -> bool:
     return all(c.route.backend == "cuda" for c in comm.report().counters if c.route.op != "gather_rows")
 
 
-def edges(world: int) -> list[int]:
+def last_of_one_shot(thresholds: Thresholds, width: int, dtype: torch.dtype) -> int:
+    """The most rows that go one-shot."""
+    return (thresholds.one_shot_kib << 10) // slot_bytes(width, dtype.itemsize)
+
+
+def edges(world: int, width: int, dtype: torch.dtype) -> list[int]:
     """Row counts around what decides: ranks, thresholds."""
     thresholds = DEFAULTS[world]
-    around = (world, thresholds.one_shot_rows, thresholds.split_rows)
+    around = (world, last_of_one_shot(thresholds, width, dtype), thresholds.split_rows)
     return sorted({1, *(n + d for n in around for d in (-1, 0, 1))} - {0})
 
 
@@ -195,7 +201,7 @@ def shapes(world: int) -> list[Spec]:
     found = []
     for width, dtype in ((3072, BF16), (3584, F16), (16384, F32), (100, BF16), (1, F32)):
         kinds = [Spec(1, width, dtype, residual, row_sharded=sharded) for residual, sharded in islice(residuals, 2)]
-        for kind, rows in product((*kinds, Spec(1, width, dtype, plain=True)), edges(world)):
+        for kind, rows in product((*kinds, Spec(1, width, dtype, plain=True)), edges(world, width, dtype)):
             found.append(replace(kind, rows=rows, offset=next(offsets)))
     return found
 
@@ -216,11 +222,13 @@ def beyond_the_slots(world: int) -> list[Spec]:
 
 def unquantised_and_without_residual(world: int) -> list[Spec]:
     """What `tpfuse check` has no cases of: formats without a residual, where the norm comes before the gather."""
-    rows = (1, DEFAULTS[world].one_shot_rows, DEFAULTS[world].one_shot_rows + 1, 300)
-    return [
-        Spec(count, 2688 if number % 2 else 3072, (BF16, F16, F32)[number % 3], None, quant, keep_norm=number % 4 == 3)
-        for number, (count, quant) in enumerate(product(rows, FORMATS))
-    ]
+    found = []
+    for number, (which, quant) in enumerate(product(range(4), FORMATS)):
+        width, dtype = 2688 if number % 2 else 3072, (BF16, F16, F32)[number % 3]
+        last = last_of_one_shot(DEFAULTS[world], width, dtype)
+        rows = (1, last, last + 1, 300)[which]
+        found.append(Spec(rows, width, dtype, None, quant, keep_norm=number % 4 == 3))
+    return found
 
 
 SETS: dict[str, Callable[[int], list[Spec]]] = {
@@ -752,17 +760,18 @@ def under_thresholds(rank: Rank, folder: str) -> list[str]:
     wrong = []
     os.environ["TPFUSE_TUNING"] = str(path)
     try:
-        for thresholds in (Thresholds(1, 0), Thresholds(most.one_shot_rows, 1024), Thresholds(5, 40), default):
+        for thresholds in (Thresholds(1, 0), most, Thresholds(30, 40), default):
             tuning.save(path, place(torch.cuda.current_device()).model, rank.world, thresholds)
             with Communicator(backend="cuda") as comm:
                 path.unlink()  # a living communicator keeps what it has read
-                assert comm.plan.of("all_reduce")[0].max_rows == thresholds.one_shot_rows
-                for rows, (width, dtype) in product((1, 6, 45, 59, 300), ((3072, BF16), (16384, F32))):
-                    for spec in (
-                        Spec(rows, width, dtype),
-                        Spec(rows, width, dtype, plain=True),
-                        Spec(rows, width, dtype, None, "fp8_per_token"),
+                assert comm.plan.of("all_reduce")[0].max_kib == thresholds.one_shot_kib
+                for width, dtype in ((3072, BF16), (16384, F32), (8, F16)):
+                    last = last_of_one_shot(thresholds, width, dtype)  # of narrow rows as many as have slots
+                    for rows, like in product(
+                        sorted({1, 6, 45, 300, last, last + 1} - {0}),
+                        (Spec(1), Spec(1, plain=True), Spec(1, residual=None, quant="fp8_per_token")),
                     ):
+                        spec = replace(like, rows=rows, width=width, dtype=dtype)
                         problem = Problem(rank, spec)
                         if not problem.right(problem.run(comm)):
                             wrong.append(f"{thresholds}: {spec}")
@@ -792,7 +801,7 @@ def other_thresholds_on_each_rank(rank: Rank, folder: str) -> str:
 def test_other_thresholds_on_each_rank_are_a_mismatch(ranks: Ranks, tmp_path: Path) -> None:
     for message in ranks.run(other_thresholds_on_each_rank, str(tmp_path)):
         assert message.startswith("RankMismatch: ")
-        assert "rank 1 has one_shot_rows=9, rank 0 has 8" in message
+        assert "rank 1 has one_shot_kib=9, rank 0 has 8" in message
 
 
 def tuned(rank: Rank) -> tune.Tuning:
@@ -805,7 +814,7 @@ def tuned(rank: Rank) -> tune.Tuning:
 def test_tuning_gives_all_ranks_the_same_thresholds(fresh: Ranks) -> None:
     found = fresh.run(tuned)
     assert found == found[:1] * fresh.world
-    assert 1 <= found[0].thresholds.one_shot_rows <= limits(fresh.world).one_shot_rows
+    assert 1 <= found[0].thresholds.one_shot_kib <= limits(fresh.world).one_shot_kib
     assert all(0 < us < 1000 for ways in found[0].times.values() for us in ways.values())
 
 
@@ -939,8 +948,8 @@ def test_a_killed_rank_gives_peer_timeout_on_the_others(fresh: Ranks, tmp_path: 
 def few_calls(rank: Rank) -> list[int]:
     """Both algorithms, with and without split rows, whole vectors and a norm before the gather."""
     specs = (
-        Spec(3), Spec(3, 100, F16, F32, offset=3), Spec(70), Spec(140, 100, F32), Spec(140, 3072, plain=True),
-        Spec(70, 3072, BF16, None, "nvfp4_swizzled"), Spec(140, 2688, BF16, F32, "fp8_per_token", row_sharded=True),
+        Spec(3), Spec(3, 100, F16, F32, offset=3), Spec(70, 16384), Spec(140, 100, F32), Spec(300, 3072, plain=True),
+        Spec(70, 16384, BF16, None, "nvfp4_swizzled"), Spec(140, 2688, BF16, F32, "fp8_per_token", row_sharded=True),
     )  # fmt: skip
     with Communicator(backend="cuda", timeout=200.0) as comm:
         problems = [Problem(rank, spec) for spec in specs]

@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]
 
 from tpfuse.errors import CommunicatorClosed, RankMismatch, TpfuseError
-from tpfuse.plan import ANY, OPS, Counter, Facts, Route
+from tpfuse.plan import ANY, OPS, Counter, Facts, Route, slot_bytes
 from tpfuse.quant import FORMATS
 from tpfuse.rope import Rope, rotate
 
@@ -75,6 +75,11 @@ class Call(NamedTuple):
     quant: str = ""  # the name of the format
     keep_norm: bool = False
     row_sharded: bool = False
+
+    @property
+    def size_in_bytes(self) -> int:
+        """What this rank's rows of x (or of q) take as they cross the links: what a plan's bounds are compared with."""
+        return self.rows * slot_bytes(self.width, self.dtype.itemsize)
 
     def pack(self) -> bytes:
         residual = -1 if self.residual is None else DTYPE_CODES[self.residual]

@@ -1,11 +1,12 @@
-"""`tpfuse tune`: up to how many rows one way of reducing is faster than the next, measured on the user's GPUs.
+"""`tpfuse tune`: up to which size one way of reducing is faster than the next, measured on the user's GPUs.
 
 The ways are one-shot and two-shot, each with whole rows or with rows split over blocks. All give the same bits, which
 is looked at before anything is timed. Each is timed at each of ROWS, in the widths of the presets, as `bench ops` does
 it: CUDA graphs, inputs hot in the L2, the maximum over ranks of their medians.
 
 Chosen are the thresholds that make the geometric mean of all these times least: where the curves cross, without one
-noisy point deciding. Rank 0 chooses, the others take over its choice.
+noisy point deciding. One-shot ends at the KiB of one of these sizes, splitting at one of ROWS. Rank 0 chooses, the
+others take over its choice.
 """
 
 from __future__ import annotations
@@ -40,12 +41,29 @@ from tpfuse.bench.implementations import Ran
 from tpfuse.bench.method import CudaMethod, State, first_error, gathered, measure
 from tpfuse.errors import PeerTimeout, TpfuseError, Unsupported
 from tpfuse.launch import Progress, Rank, resolve_world, run_ranks
+from tpfuse.plan import slot_bytes
 from tpfuse.presets import PRESETS
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 WIDTHS = tuple(sorted({preset.hidden for preset in PRESETS.values()}))
+DTYPE = torch.bfloat16
 WORTH = 1.01  # other thresholds than the defaults must be so many times faster where they differ
 TIMEOUT = 30.0
+
+
+class Size(NamedTuple):
+    rows: int
+    width: int
+
+    @property
+    def size_in_bytes(self) -> int:
+        """Of one rank's rows, as thresholds count them."""
+        return self.rows * slot_bytes(self.width, DTYPE.itemsize)
+
+    @property
+    def kib(self) -> int:
+        """The least bound, in KiB, that this size is within."""
+        return -(-self.size_in_bytes >> 10)
 
 
 class Way(NamedTuple):
@@ -59,13 +77,9 @@ class Way(NamedTuple):
 
     @property
     def forced(self) -> Thresholds:
-        """Those that send every call this way."""
-        return Thresholds(ROWS[-1] if self.algorithm == "one_shot" else 0, MAX_SPLIT_ROWS if self.split else 0)
-
-
-class Size(NamedTuple):
-    rows: int
-    width: int
+        """Those that send every call this way, of the sizes that are measured."""
+        most = Size(ROWS[-1], WIDTHS[-1]).kib
+        return Thresholds(most if self.algorithm == "one_shot" else 0, MAX_SPLIT_ROWS if self.split else 0)
 
 
 WAYS = tuple(Way(algorithm, split) for algorithm, split in product(("one_shot", "two_shot"), (True, False)))
@@ -116,8 +130,9 @@ def tune(rank: Rank, timer: Timer, model: str, rows: Sequence[int] = ROWS, width
 
 def choose(times: Times, world: int) -> Thresholds:
     """The thresholds that the times speak for; the defaults unless others are faster by WORTH."""
-    rows, default, most = sorted({size.rows for size in times}), DEFAULTS[world], limits(world)
-    pairs = [Thresholds(*pair) for pair in product((n for n in rows if n <= most.one_shot_rows), (0, *rows))]
+    default, most = DEFAULTS[world], limits(world).one_shot_kib
+    sizes = sorted({size.kib for size in times if size.kib <= most})
+    pairs = [Thresholds(*pair) for pair in product(sizes, (0, *sorted({size.rows for size in times})))]
     best = min((default, *pairs), key=lambda pair: fmean(log(us) for us in served(times, pair).values()))
     before, after = served(times, default), served(times, best)
     changed = [log(before[size] / after[size]) for size in times if before[size] != after[size]]
@@ -126,11 +141,11 @@ def choose(times: Times, world: int) -> Thresholds:
 
 def served(times: Times, thresholds: Thresholds) -> dict[Size, float]:
     """The times that calls take under these thresholds."""
-    return {size: ways[way_of(size.rows, thresholds)] for size, ways in times.items()}
+    return {size: ways[way_of(size, thresholds)] for size, ways in times.items()}
 
 
-def way_of(rows: int, thresholds: Thresholds) -> Way:
-    return Way(algorithm_for(rows, "norm", thresholds), rows <= thresholds.split_rows)
+def way_of(size: Size, thresholds: Thresholds) -> Way:
+    return Way(algorithm_for(size.size_in_bytes, "norm", thresholds), size.rows <= thresholds.split_rows)
 
 
 class GpuTimer:
@@ -152,9 +167,9 @@ class GpuTimer:
         ]
 
     def __call__(self, size: Size) -> dict[Way, float]:
-        world, bf16 = self._rank.world, torch.bfloat16
-        case = Case("all_reduce_rms_norm", size.rows, (size.width,), world, 1e-6, 0.0, bf16, bf16)
-        fits = size.rows <= limits(world).one_shot_rows
+        world = self._rank.world
+        case = Case("all_reduce_rms_norm", size.rows, (size.width,), world, 1e-6, 0.0, DTYPE, DTYPE)
+        fits = size.kib <= limits(world).one_shot_kib
         able = [c for c in self._candidates if fits or c.way.algorithm == "two_shot"]
         error = first_error(self._different_bits(case, able))
         figures = [] if error else measure(case, State("hot", 1), able, self._method, self._rank.rank, self.device)
@@ -224,24 +239,32 @@ class Candidate:
 
 
 def report(tuning: Tuning) -> RenderableType:
-    """µs by rows and way, the geometric mean over widths; what the thresholds take is bold."""
-    widths = ", ".join(str(width) for width in sorted({size.width for size in tuning.times}))
-    title = f"all_reduce_rms_norm, {tuning.world} x {tuning.model}, µs, geometric mean over widths {widths}"
-    table = Table(title=title)
+    """µs of both algorithms by rows and width, and of split and whole rows in the geometric mean over widths, each with
+    the other choice made. What the thresholds take is bold."""
+    times, now, default = tuning.times, tuning.thresholds, DEFAULTS[tuning.world]
+    widths = sorted({size.width for size in times})
+    table = Table(title=f"all_reduce_rms_norm, {tuning.world} x {tuning.model}, µs: one-shot / two-shot")
     table.add_column("rows", justify="right")
-    for way in WAYS:
-        table.add_column(str(way), justify="right")
-    table.add_column("choice")
-    for rows in sorted({size.rows for size in tuning.times}):
-        chosen = way_of(rows, tuning.thresholds)
-        means = {way: _mean([ways[way] for size, ways in tuning.times.items() if size.rows == rows and way in ways])
-                 for way in WAYS}  # fmt: skip
-        cells = [f"[bold]{us}[/]" if way == chosen else us for way, us in means.items()]
-        table.add_row(str(rows), *cells, str(chosen))
-    now, default = tuning.thresholds, DEFAULTS[tuning.world]
-    same = "as by default" if now == default else f"by default {default.one_shot_rows} and {default.split_rows}"
-    return Group(table, f"one-shot up to {now.one_shot_rows} rows, rows split up to {now.split_rows} ({same})")
+    for width in widths:
+        kib = Size(1, width).size_in_bytes / 1024
+        table.add_column(f"{width} wide\n{kib:g} KiB a row", justify="right")
+    table.add_column("all widths\nsplit / whole", justify="right")
+    for rows in sorted({size.rows for size in times}):
+        sizes = [Size(rows, width) for width in widths]
+        chosen = {size: way_of(size, now) for size in sizes}
+        split = rows <= now.split_rows
+        one, two = Way("one_shot", split), Way("two_shot", split)
+        cells = [_pair(times[size].get(one), times[size][two], way == one) for size, way in chosen.items()]
+        parts, whole = (
+            exp(fmean(log(times[size][way._replace(split=either)]) for size, way in chosen.items()))
+            for either in (True, False)
+        )
+        table.add_row(str(rows), *cells, _pair(parts, whole, split))
+    same = "as by default" if now == default else f"by default {default.one_shot_kib} KiB and {default.split_rows}"
+    return Group(table, f"one-shot up to {now.one_shot_kib} KiB, rows split up to {now.split_rows} ({same})")
 
 
-def _mean(times: Sequence[float]) -> str:
-    return f"{exp(fmean(map(log, times))):.2f}" if times else "-"
+def _pair(first: float | None, second: float, takes_first: bool) -> str:
+    """Two times; the one that is taken is bold."""
+    a, b = "-" if first is None else f"{first:.2f}", f"{second:.2f}"
+    return f"[bold]{a}[/] / {b}" if takes_first else f"{a} / [bold]{b}[/]"

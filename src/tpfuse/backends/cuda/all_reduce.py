@@ -5,7 +5,8 @@ dtype, thresholds, the number of ranks and the GPU's model, all the same on ever
 changes nothing that peers see.
 
 Which kernel (4x H200; benchmarks/results/ has the figures), by Thresholds, which `tpfuse tune` measures elsewhere:
-- one-shot up to one_shot_rows: its W - 1 rows of bytes cost less than a second flight over the links.
+- one-shot while a rank's rows take at most one_shot_kib: its W - 1 times these bytes cost less than a second flight
+  over the links. It is bytes that decide, so a row counts twice if it is twice as wide, or in fp32.
 - two-shot above.
 - A row is split over blocks of 2 or 3 warps up to split_rows, where rows alone would leave multiprocessors idle.
 """
@@ -29,6 +30,7 @@ from tpfuse.backends.cuda.launch import Launcher
 from tpfuse.backends.cuda.sharded_norm import GROUP, KINDS, power_of_two, row_stride, whole_vectors
 from tpfuse.backends.cuda.workspace import Fill, Workspace
 from tpfuse.errors import Unsupported
+from tpfuse.plan import slot_bytes, within
 from tpfuse.quant import Format
 
 OPS = {"all_reduce": 3, "all_reduce_rms_norm": 4}  # the `op` of an error record
@@ -52,29 +54,33 @@ NO_RESIDUAL = "tpfuse::Nothing"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Up to how many rows a call goes one way; above, the other. The same on every rank. Results don't depend on them:
-    all ways give the same bits."""
+    """Up to which size a call goes one way; above, the other. The same on every rank. Results don't depend on them:
+    all ways give the same bits.
 
-    one_shot_rows: int
+    one_shot_kib: KiB of one rank's rows, `slot_bytes` each. split_rows: rows.
+    """
+
+    one_shot_kib: int
     split_rows: int
 
-    @property
-    def edges(self) -> tuple[int, ...]:
-        """Row counts that stand for all others: whatever is compiled for these is all that there is."""
-        bounds = (self.one_shot_rows, self.split_rows)
+    def edges(self, row_bytes: int) -> tuple[int, ...]:
+        """Row counts that stand for all others, of rows of so many bytes: whatever is compiled for these is all that
+        there is."""
+        bounds = ((self.one_shot_kib << 10) // row_bytes, self.split_rows)
         return tuple(sorted({1, *bounds, *(bound + 1 for bound in bounds)} - {0}))
 
 
-# By number of ranks. Those of 2 and 4 are measured, by `tpfuse tune` on H200 (benchmarks/results/tune-h200x*.txt); the
+# By number of ranks. Those of 2 and 4 follow from measurements on H200 (benchmarks/results/tune-h200x*.txt): the
+# geometric means over widths 3072, 4096 and 6144 in bf16 crossed at 16 rows of 4 ranks, beyond 192 rows of 2. The
 # others are scaled from those of 4 by bytes.
 DEFAULTS: Mapping[int, Thresholds] = {
-    2: Thresholds(192, 96),
-    3: Thresholds(24, 128),
-    4: Thresholds(16, 128),
-    5: Thresholds(12, 128),
-    6: Thresholds(12, 128),
-    7: Thresholds(8, 128),
-    8: Thresholds(8, 128),
+    2: Thresholds(1536, 96),
+    3: Thresholds(192, 128),
+    4: Thresholds(128, 128),
+    5: Thresholds(96, 128),
+    6: Thresholds(96, 128),
+    7: Thresholds(64, 128),
+    8: Thresholds(64, 128),
 }
 
 
@@ -128,15 +134,22 @@ class Variant:
 
 
 def limits(world: int) -> Thresholds:
-    """The largest thresholds: one-shot needs slots for every rank's row at once, of rows of any width and dtype."""
-    widest = slot_bytes(MAX_WIDTH, 4)
-    most = min(half_bytes() // (world * widest), ring_rows(MAX_WIDTH, 4, world, SPLIT["one_shot"]))
-    return Thresholds(most, MAX_SPLIT_ROWS)
+    """The largest thresholds: one-shot needs slots for every rank's row at once, of rows of any width and dtype.
+
+    Wide rows run out of bytes. Narrow ones run out of flags, which bound the ring, long before.
+    """
+
+    def room(width: int, itemsize: int) -> int:
+        slot = slot_bytes(width, itemsize)
+        return slot * min(half_bytes() // (world * slot), ring_rows(width, itemsize, world, 1))
+
+    return Thresholds(min(room(1, 2), room(MAX_WIDTH, 4)) >> 10, MAX_SPLIT_ROWS)
 
 
-def algorithm_for(rows: int, path: str, thresholds: Thresholds) -> str:
-    """The same on every rank. Before a gather there is an owner of each row, so that is two-shot at any size."""
-    return "one_shot" if rows <= thresholds.one_shot_rows and path != "early" else "two_shot"
+def algorithm_for(size_in_bytes: int, path: str, thresholds: Thresholds) -> str:
+    """What serves rows of so many bytes in all, the same on every rank. Before a gather there is an owner of each row,
+    so that is two-shot at any size."""
+    return "one_shot" if within(size_in_bytes, thresholds.one_shot_kib) and path != "early" else "two_shot"
 
 
 def spread(algorithm: str, width: int, held: int, split: bool) -> tuple[int, int, int]:
@@ -157,11 +170,6 @@ def ring_rows(width: int, itemsize: int, world: int, parts: int) -> int:
     return most // (2 * world) * 2 * world
 
 
-def slot_bytes(width: int, itemsize: int) -> int:
-    """What a row takes of the workspace: whole vectors of 8 elements, or one that is quantised, and its scale."""
-    return max(32, -(-width // 8) * 8 * itemsize)
-
-
 def half_bytes() -> int:
     return (WORKSPACE_BYTES - HEADER) // 2 // 128 * 128
 
@@ -174,11 +182,11 @@ def why_not(width: int) -> str:
 
 
 def goes_early(
-    rows: int, thresholds: Thresholds, row_sharded: bool, residual: bool, quant: bool, keep_norm: bool
+    size_in_bytes: int, thresholds: Thresholds, row_sharded: bool, residual: bool, quant: bool, keep_norm: bool
 ) -> bool:
-    """Whether rows are normed by their owners, before they are gathered: where only owners have the residual, and where
-    the quantised row is all that anybody needs."""
-    small = rows <= thresholds.one_shot_rows
+    """Whether rows of so many bytes in all are normed by their owners, before they are gathered: where only owners have
+    the residual, and, above one-shot, where the quantised row is all that anybody needs."""
+    small = within(size_in_bytes, thresholds.one_shot_kib)
     return row_sharded or (quant and not residual and not keep_norm and not small)
 
 
@@ -208,7 +216,7 @@ def variants(worlds: Sequence[int] = (2, 3, 4, 8), clusters: bool = True) -> Ite
     ):
         for path, (quant, layout, keep) in (("sum", formats[0]), *product(("norm", "early"), formats)):
             thresholds = DEFAULTS[world]
-            algorithm = algorithm_for(rows, path, thresholds)
+            algorithm = algorithm_for(rows * slot_bytes(width, dtype.itemsize), path, thresholds)
             split = clusters and rows <= thresholds.split_rows
             spreading = spread(algorithm, width, dtype.itemsize * world, split)
             stream, weight = (None, dtype) if path == "sum" else (residual, gamma)
@@ -375,12 +383,13 @@ class AllReduce:
     ) -> tuple[Launcher, Variant, int, int]:
         """The launcher for a call, what it launches, the rows that have slots, and the rows of a launch."""
         width = x.shape[-1]
+        slot = slot_bytes(width, x.element_size())
         kind, layout = ("none", "row_major") if quant is None else (quant.kind, quant.layout)
         stream = None if residual is None else residual.dtype
         gamma = x.dtype if weight is None else weight.dtype
 
         def variant(count: int) -> Variant:
-            algorithm = algorithm_for(count, path, self._thresholds)
+            algorithm = algorithm_for(count * slot, path, self._thresholds)
             split = self._clusters and count <= self._thresholds.split_rows
             spreading = spread(algorithm, width, x.element_size() * self._world, split)
             return Variant(
@@ -389,7 +398,7 @@ class AllReduce:
 
         # Calls with other numbers of rows are likely to come, perhaps first while a graph is captured.
         if not torch.cuda.is_current_stream_capturing():
-            for count in self._thresholds.edges:
+            for count in self._thresholds.edges(slot):
                 self._launcher(op, variant(count))
         chosen = variant(rows)
         ring = ring_rows(width, x.element_size(), self._world, chosen.parts)

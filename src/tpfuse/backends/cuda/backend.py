@@ -36,9 +36,9 @@ def routes(thresholds: Thresholds) -> tuple[Route, ...]:
     one, two = "one-shot push", "two-shot push"
     norms = (Route(op, None, "cuda", "push of sums", "fused", "") for op in sharded_norm.OPS)
     reductions = (
-        Route(op, rows, "cuda", algorithm, "fused", "")
+        Route(op, kib, "cuda", algorithm, "fused", "")
         for op in all_reduce.OPS
-        for rows, algorithm in ((thresholds.one_shot_rows, one), (None, two))
+        for kib, algorithm in ((thresholds.one_shot_kib, one), (None, two))
     )
     return (*norms, *reductions)
 
@@ -90,7 +90,9 @@ class CudaBackend:
 
     def _early(self, call: Call) -> bool:
         residual, quant = call.residual is not None, bool(call.quant)
-        return all_reduce.goes_early(call.rows, self.thresholds, call.row_sharded, residual, quant, call.keep_norm)
+        return all_reduce.goes_early(
+            call.size_in_bytes, self.thresholds, call.row_sharded, residual, quant, call.keep_norm
+        )
 
     def begin(self, number: int, served: Served) -> None:
         """Announce a call."""

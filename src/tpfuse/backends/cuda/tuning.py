@@ -4,7 +4,7 @@ A communicator reads it once, when it is made: what it has then is its own, what
 what they have read, since other thresholds would be other exchanges. A file that can't be read is a warning, and the
 defaults serve; one that holds more than the kernels have slots for counts as such a file.
 
-    {"format": 1, "gpus": {"NVIDIA H200 with 132 multiprocessors": {"4": {"one_shot_rows": 16, "split_rows": 128}}}}
+    {"format": 2, "gpus": {"NVIDIA H200 with 132 multiprocessors": {"4": {"one_shot_kib": 128, "split_rows": 128}}}}
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tpfuse.agreement import Board, agree
 from tpfuse.backends.cuda.all_reduce import DEFAULTS, Thresholds, limits
 from tpfuse.errors import InvalidArgument, RankMismatch, TpfuseError
 
-FORMAT = 1
-LEAST = Thresholds(one_shot_rows=1, split_rows=0)
+FORMAT = 2
+LEAST = Thresholds(one_shot_kib=1, split_rows=0)
 
 Tuned = Mapping[str, Mapping[int, Thresholds]]  # by GPU model, as workspace.Place has it, and number of ranks
 
@@ -55,7 +55,7 @@ def read(path: Path) -> Tuned:
     try:
         document = json.loads(text)
         if document["format"] != FORMAT:
-            raise ValueError(f"format {document['format']!r}, supported: {FORMAT}")
+            raise ValueError(f"format {document['format']!r}, supported: {FORMAT}; format 1 had rows instead of KiB")
         return {
             model: {int(world): _checked(int(world), entry) for world, entry in worlds.items()}
             for model, worlds in document["gpus"].items()
