@@ -50,7 +50,7 @@
 //   2.84  3.05  5.03  before
 //   2.54  2.59  3.96  rows prefetched, groups not padded to powers of two, gamma without bank conflicts
 //   2.59  2.64  4.03  addresses pinned, one root for both tensors, reciprocal instead of division (hot 2.12 against 2.21)
-//   2.10  2.41  3.96  few rows: gamma by vectors into each warp's registers, so that no barrier waits for it
+//   2.10  2.41        few rows: gamma by vectors into each warp's registers, so that no barrier waits for it
 //
 // Sums follow tpfuse.reference.sum_of_squares: 8 elements in a lane, 32 lanes, groups of 256; each level is folded by
 // halves. Padding with zeros to a larger power of two does not change a bit, so kernels may fold more groups than there
