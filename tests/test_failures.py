@@ -14,7 +14,7 @@ from failing import QUICK
 from jobs import Case
 
 from tpfuse import Communicator
-from tpfuse.errors import CommunicatorClosed, InvalidArgument, Unsupported
+from tpfuse.errors import CommunicatorClosed, InvalidArgument, TpfuseError, Unsupported
 from tpfuse.launch import RankFailed, Ranks
 
 # Ranks that call differently
@@ -282,6 +282,17 @@ def test_a_closed_communicator_says_that_it_is_closed(op):
         OPS[op](comm, X)
     with pytest.raises(CommunicatorClosed):
         comm.prepare()
+
+
+def test_a_prepare_that_failed_is_not_tried_again(monkeypatch):
+    def refuses() -> None:
+        raise RuntimeError("no route to host")
+
+    with Communicator() as comm:
+        monkeypatch.setattr(comm._collective, "prepare", refuses)
+        for call in (comm.prepare, comm.prepare, lambda: comm.all_reduce(torch.ones(2, 8))):
+            with pytest.raises(TpfuseError, match=r"prepare: torch\.distributed could not connect.*no route to host"):
+                call()
 
 
 def test_prepare_may_be_called_at_any_time(alone):

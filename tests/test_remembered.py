@@ -261,3 +261,9 @@ def test_a_call_that_was_refused_counts_nowhere() -> None:
     comm.close()
     assert outcome(comm, "all_reduce", {"x": torch.ones(2, 4)})[0] == "CommunicatorClosed"
     assert comm.report().counters == ()
+
+
+def test_a_trace_of_fake_tensors_leaves_no_constant_behind(alone):
+    x, weight = torch.ones(2, 8), torch.ones(8)
+    make_fx(lambda x, w: alone.rms_norm(x, w, eps=0.125, weight_bias=0.25), tracing_mode="fake")(x, weight)
+    assert type(alone.rms_norm(x, weight, eps=0.125, weight_bias=0.25)) is torch.Tensor

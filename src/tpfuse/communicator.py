@@ -158,9 +158,15 @@ class Communicator:
             agree(self._board, {}, self.timeout, "prepare", action)
             agree(self._board, {}, self.timeout, "prepare, all there", action)
             self._collective.prepare()
-        except TpfuseError as error:
-            self._failure = error  # ranks that it did not reach may have gone on
+        except TpfuseError as error:  # ranks that it did not reach may have gone on, so there is no second try
+            self._failure = error
             raise
+        except Exception as error:
+            self._failure = TpfuseError(
+                f"prepare: torch.distributed could not connect the ranks: {collective.first_line(error)}. This "
+                "communicator can't be used any more."
+            )
+            raise self._failure from error
         self._prepared = True
 
     def close(self) -> None:

@@ -93,6 +93,8 @@ class RMSNorm(nn.Module):
 
 
 class GemmaRMSNorm(RMSNorm):
+    """With a method of its own, as SGLang's: what is replaced in one class is not replaced in the other."""
+
     bias, first = 1.0, 0.0
 
     def forward_with_allreduce_fusion(

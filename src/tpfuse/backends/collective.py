@@ -294,7 +294,10 @@ class Collective:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 numbers = [torch.full((1,), v, dtype=torch.float32, device=self.device) for v in values]
                 return torch.cat(numbers)
-            self._constants[values] = torch.tensor(values, dtype=torch.float32, device=self.device)
+            made = torch.tensor(values, dtype=torch.float32, device=self.device)
+            if type(made) is not Tensor:  # a trace's, which holds no numbers
+                return made
+            self._constants[values] = made
         return self._constants[values]
 
     def _gathered_norm(
