@@ -3,8 +3,8 @@
     python benchmarks/vllm_layer.py TRACE.pt.trace.json.gz > layer.txt
 
 The trace is of one rank (`profiler_config` of vllm.LLM). A layer begins with each kernel whose name has BEGINS in it;
-those of the most frequent length count. µs: the median of a kernel over these layers, and of the gap behind it, which is
-negative where the next kernel has been launched early and waits.
+those of the most frequent length count. µs: the median of a kernel over these layers, and of the gap behind it, which
+is negative where the next kernel has been launched early and waits.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import gzip
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -25,7 +26,7 @@ def main() -> None:
     events = json.loads(gzip.decompress(given.trace.read_bytes()))["traceEvents"]
     kernels = sorted((e for e in events if e.get("cat") == "kernel"), key=lambda e: e["ts"])
     starts = [i for i, kernel in enumerate(kernels) if given.begins in kernel["name"]]
-    spans = [range(begin, end) for begin, end in zip(starts, starts[1:], strict=False)]
+    spans = [range(begin, end) for begin, end in pairwise(starts)]
     if not spans:
         raise SystemExit(f"{given.trace}: fewer than two kernels with {given.begins!r} in their name")
     usual = Counter(map(len, spans)).most_common(1)[0][0]

@@ -284,11 +284,11 @@ def test_a_closed_communicator_says_that_it_is_closed(op):
         comm.prepare()
 
 
-def test_a_prepare_that_failed_is_not_tried_again(monkeypatch):
+def test_a_prepare_that_failed_is_not_tried_again(alone, monkeypatch):
     def refuses() -> None:
         raise RuntimeError("no route to host")
 
-    with Communicator() as comm:
+    with Communicator(alone.group) as comm:
         monkeypatch.setattr(comm._collective, "prepare", refuses)
         for call in (comm.prepare, comm.prepare, lambda: comm.all_reduce(torch.ones(2, 8))):
             with pytest.raises(TpfuseError, match=r"prepare: torch\.distributed could not connect.*no route to host"):
