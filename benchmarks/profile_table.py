@@ -16,6 +16,7 @@ from pathlib import Path
 
 # The first that fits counts.
 KINDS = {
+    "fused by Inductor": r"^triton_",
     "all-reduce + residual + norm, one kernel": r"tpfuse::reduce_",
     "sharded QK norm + RoPE, one kernel": r"tpfuse::norm_by_",
     "NCCL": r"nccl",

@@ -187,7 +187,7 @@ def bench_model(
         str, typer.Option(help="With piecewise: time prefill chunks of so many tokens, e.g. 64,128,256,512.")
     ] = "",
     compiler: Annotated[
-        str, typer.Option(help="With piecewise: inductor.", show_default="pieces run as they were traced")
+        str, typer.Option(help="With full or piecewise graphs: inductor.", show_default="none: the model's own code")
     ] = "",
     experts: Annotated[str, typer.Option(help="transformers' implementation of the experts.", show_default="its")] = "",
     profile: Annotated[

@@ -12,6 +12,7 @@ import torch
 from tiny_models import PROMPT
 from torch import Tensor
 
+from tpfuse.errors import Unsupported
 from tpfuse.launch import Rank
 
 
@@ -146,15 +147,17 @@ def registered(rank: Rank, path: Path) -> dict[str, Any]:
         del ARCHITECTURES["MistralModel"]
 
 
-def decoded(rank: Rank, path: Path, mode: str, tokens: int) -> Tensor:
-    """Greedy tokens as `tpfuse bench model` makes them: static cache, own steps, on GPUs as replays of a CUDA graph."""
+def decoded(rank: Rank, path: Path, mode: str, tokens: int, compiler: str = "") -> Tensor:
+    """Greedy tokens as `tpfuse bench model` makes them: static cache, own steps, on GPUs as replays of a CUDA graph.
+    compiler: of the step, which then is one graph, compiled once."""
     from tpfuse.bench.session import Session, Workload
 
     device = torch.device(rank.device_type)
     os.environ["LOCAL_RANK"] = str(rank.rank)
     torch.backends.cuda.matmul.allow_tf32 = False
-    workload = Workload((len(PROMPT),), len(PROMPT[0]), tokens)
-    with tiny.closing(tiny.load(path, mode, rank.world).to(device)) as model, torch.inference_mode():
+    workload = Workload((len(PROMPT),), len(PROMPT[0]), tokens, compiler=compiler)
+    once = torch._dynamo.config.patch(error_on_recompile=True)
+    with tiny.closing(tiny.load(path, mode, rank.world).to(device)) as model, torch.inference_mode(), once:
         session = Session(model, len(PROMPT), workload, device)
         session.prompt.copy_(torch.tensor(PROMPT))
         session.start()
@@ -166,6 +169,24 @@ def decoded(rank: Rank, path: Path, mode: str, tokens: int) -> Tensor:
             session.graph.replay() if session.graph else session.step()
             found.append(session.tokens.clone())
         return torch.cat(found, 1).cpu()
+
+
+def uncompiled(rank: Rank) -> str:
+    """What every rank says where the compiler of one of them fails."""
+    from tpfuse.bench.session import _compiled
+
+    def compiler(graph: Any, inputs: list[Any]) -> Any:
+        if rank.rank == 1:
+            raise ValueError("no such kernel\nand more")
+        return graph
+
+    torch._dynamo.register_backend(compiler, name="fails_on_one_rank")
+    step = _compiled(lambda: torch.ones(2).add_(1), "fails_on_one_rank")
+    try:
+        step()
+    except Unsupported as error:
+        return str(error)
+    return "compiled"
 
 
 def logits_on_device(rank: Rank, path: Path, mode: str) -> Tensor:

@@ -145,6 +145,19 @@ def test_bench_model_in_pieces(tmp_path):
     assert figures.with_suffix(".png").exists()
 
 
+def test_bench_model_with_compiled_steps(tmp_path):
+    preset, workload = "tiny-minimax-m3", ("--layers", 2, "--concurrency", "2", "--in", 16, "--out", 4)
+    arguments = ("--modes", "control,fused", "--compiler", "inductor", "--results", tmp_path)
+    done = tpfuse("bench", "model", "--preset", preset, "--tp", 2, *workload, *arguments)
+    assert done.returncode == 0, done.stderr
+    figures = tmp_path / f"model-{preset}-cpux2-control-none-inductor.jsonl"
+    rows = [json.loads(line) for line in figures.read_text().splitlines()]
+    assert [(row["ok"], row["error"]) for row in rows] == [(True, "")] * 2
+    assert [(row["requested_graphs"], row["compiler"]) for row in rows] == [("full", "inductor")] * 2
+    assert [row["collectives_per_layer"] for row in rows] == [2, 2]
+    assert "CUDA graphs none (full requested), compiled by inductor" in done.stdout
+
+
 @pytest.mark.parametrize("preset", ["tiny-llama", "tiny-minimax-m3", "tiny-nemotron-h"])
 def test_every_tiny_preset_runs_on_cpu_ranks(preset, tmp_path):
     figures = tmp_path / "model.jsonl"
@@ -162,6 +175,11 @@ def test_every_tiny_preset_runs_on_cpu_ranks(preset, tmp_path):
         (("--preset", "tiny-llama", "--modes", "fast"), "supported: stock, off, control, fused"),
         (("--preset", "tiny-llama", "--out", "1"), "needed: at least one request, one token in and two out"),
         (("--preset", "tiny-llama", "--concurrency", "0"), "whole numbers of at least 1"),
+        (
+            ("--preset", "tiny-llama", "--graphs", "none", "--compiler", "inductor"),
+            "compiler='inductor', graphs='none'; with full or piecewise: 'inductor'",
+        ),
+        (("--preset", "tiny-llama", "--compiler", "gcc"), "compiler='gcc', graphs='full'; with full or piecewise: "),
         (("--preset", "tiny-llama", "--graphs", "some"), "graphs='some'; supported: none, full, piecewise"),
         (
             ("--preset", "tiny-llama", "--chunks", "64"),

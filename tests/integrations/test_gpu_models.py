@@ -30,6 +30,15 @@ def test_decode_in_graphs(name, ranks, on_ranks, tmp_path):
             assert torch.equal(tokens, expected), mode
 
 
+@pytest.mark.parametrize("name", ["minimax-m2", "minimax-m3", "nemotron-h"])
+def test_compiled_decode_in_graphs(name, ranks, on_ranks, tmp_path):
+    path = tiny.make(name, tmp_path)
+    expected = on_ranks(1, tiny.greedy, path, "whole", 24)[0][:, len(tiny.PROMPT[0]) :]
+    for mode in ("control", "fused"):
+        for tokens in ranks.run(jobs.decoded, path, mode, 24, "inductor"):
+            assert torch.equal(tokens, expected), mode
+
+
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_logits(name, ranks, on_ranks, tmp_path):
     path = tiny.make(name, tmp_path)

@@ -225,3 +225,16 @@ def test_the_benchmark_decodes_what_generate_does(name, checkpoint, on_ranks):
     for world, mode in ((1, "whole"), (2, "stock"), (2, "fused")):
         for tokens in on_ranks(world, jobs.decoded, checkpoint(name), mode, 24):
             assert torch.equal(tokens, expected), (world, mode)
+
+
+@pytest.mark.parametrize("mode", ["stock", "control", "fused"])
+@ONE_OF_EACH
+def test_a_decode_step_compiles_as_one_graph(name, mode, checkpoint, on_ranks):
+    expected = on_ranks(1, tiny.greedy, checkpoint(name), "whole", 24)[0][:, len(tiny.PROMPT[0]) :]
+    for tokens in on_ranks(2, jobs.decoded, checkpoint(name), mode, 24, "aot_eager"):
+        assert torch.equal(tokens, expected)
+
+
+def test_no_rank_runs_what_another_could_not_compile(on_ranks):
+    says = "bench model: a decode step does not compile: rank 1: ValueError: no such kernel"
+    assert on_ranks(2, jobs.uncompiled) == [says, says]

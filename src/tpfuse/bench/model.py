@@ -3,10 +3,11 @@ other in one process, so that figures of one run can be compared.
 
 Method. Each rank makes its shards on its device. A run is a prefill of all requests at once, then output_len - 1 decode
 steps with a static cache, greedy. On GPUs a decode step is one CUDA graph: forward, argmax, and the step to the next
-position. Or, graphs="piecewise", prompts run in chunks and decode in steps through packed batches, everything but
-attention in graphs; or, "none", all is eager. Before the timed runs the step runs eagerly, is captured, and one whole
-run is thrown away. Of each run the ranks start together; a figure is the maximum over ranks of the median of their
-runs. TTFT is the prefill up to the first token; there is no server, so no queueing is in it.
+position; with a compiler, that step goes through it first, in every mode alike. Or, graphs="piecewise", prompts run in
+chunks and decode in steps through packed batches, everything but attention in graphs; or, "none", all is eager. Before
+the timed runs the step runs eagerly, is captured, and one whole run is thrown away. Of each run the ranks start
+together; a figure is the maximum over ranks of the median of their runs. TTFT is the prefill up to the first token;
+there is no server, so no queueing is in it.
 
 "stock" is transformers with its own TP plan, measured in the same way.
 """
@@ -171,7 +172,7 @@ def _measure(asked: ModelRecord, model: Any, workload: Workload, device: torch.d
 def write_profile(asked: ModelRecord, rows: Sequence[dict[str, Any]], path: str) -> None:
     """Append the rows of one workload, on rank 0."""
     if dist.get_rank() == 0:
-        names = ("preset", "impl", "requested_mode", "layers", "world", "concurrency", "gpu", "commit")
+        names = ("preset", "impl", "requested_mode", "layers", "world", "concurrency", "compiler", "gpu", "commit")
         about = {name: getattr(asked, name) for name in names}
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(about | row) + "\n" for row in rows)

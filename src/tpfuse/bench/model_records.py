@@ -44,7 +44,7 @@ class ModelRecord:
     dtype: str
     requested_graphs: str  # none, full (decode steps in one CUDA graph each) or piecewise (prompt and decode in pieces)
     graphs: str  # which there were: on a CPU none
-    compiler: str  # with piecewise: inductor, or empty, where pieces ran as they were traced
+    compiler: str  # of decode steps, or of pieces: inductor, or empty, where they ran as the model has them
     experts: str  # transformers' implementation of the experts; empty for its default
     captured: list[dict[str, Any]]  # for each captured number of tokens: tokens, graphs, seconds, bytes of their pool
     chunk_s: dict[str, dict[str, float]]  # time of a prefill chunk: eager, compiled, piecewise, then by tokens
@@ -75,11 +75,18 @@ def effective_mode(records: Sequence[ModelRecord]) -> str:
 
 
 def result_name(records: Sequence[ModelRecord]) -> str:
-    """`model-minimax-m2-h200x4-control+fused-full.jsonl`: modes and graphs are the EFFECTIVE ones."""
+    """`model-minimax-m2-h200x4-control+fused-full.jsonl`, or `-full-inductor.jsonl`: modes and graphs are the EFFECTIVE
+    ones."""
     if not records:
         raise InvalidArgument("result_name: no records, so there is no machine and no mode to name.")
     first = records[0]
-    return f"model-{first.preset}-{short_gpu(first.gpu)}x{first.world}-{effective_mode(records)}-{first.graphs}.jsonl"
+    graphs = _graphs(first, "-")
+    return f"model-{first.preset}-{short_gpu(first.gpu)}x{first.world}-{effective_mode(records)}-{graphs}.jsonl"
+
+
+def _graphs(record: ModelRecord, separator: str = ", ") -> str:
+    """The graphs that there were, and the compiler, if there was one."""
+    return separator.join(name for name in (record.graphs, record.compiler) if name)
 
 
 def report(records: Sequence[ModelRecord]) -> RenderableType:
@@ -89,7 +96,7 @@ def report(records: Sequence[ModelRecord]) -> RenderableType:
     first = records[0]
     graphs = f"CUDA graphs {first.graphs}"
     graphs += "" if first.graphs == first.requested_graphs else f" ({first.requested_graphs} requested)"
-    graphs += f", pieces by {first.compiler}" if first.compiler else ""
+    graphs += f", compiled by {first.compiler}" if first.compiler else ""
     shape = f"{first.layers} layers, {first.input_len} in, {first.output_len} out, {first.dtype}, {graphs}"
     parts: list[RenderableType] = [
         escape(f"{first.world} ranks on {first.gpu}, commit {short_commit(first.commit)}"),
@@ -176,7 +183,8 @@ def plot(records: Sequence[ModelRecord], path: Path) -> None:
         FigureCanvasAgg(figure)
         figure.suptitle(
             f"{first.preset}, {first.layers} layers, TP{first.world} on {first.gpu}: "
-            f"effective {effective_mode(ran)}, CUDA graphs {first.graphs}",
+            f"effective {effective_mode(ran)}, CUDA graphs {first.graphs}"
+            + (f", {first.compiler}" if first.compiler else ""),
             color=INK,
             fontsize=11,
         )

@@ -1,7 +1,12 @@
 """The requests of `tpfuse bench model` on one rank: prompt and decode, by the model's own forward or in packed batches.
 
-`Session` decodes with transformers' static cache, a step eagerly or as one CUDA graph. `PackedSession` runs chunks of
-the prompts and decode steps through `piecewise`, and times single chunks beside eager ones.
+`Session` decodes with transformers' static cache, a step eagerly or as one CUDA graph, as it is or compiled first.
+`PackedSession` runs chunks of the prompts and decode steps through `piecewise`, and times single chunks beside eager
+ones.
+
+A step that is compiled is one graph of Dynamo's, in every mode: inputs, forward, argmax and the next position. Shapes
+are numbers, and Inductor's own CUDA graphs are off, since ours are around it. Ranks go on together once all have
+compiled: a kernel that waits for the others would otherwise wait for their compilers.
 """
 
 from __future__ import annotations
@@ -17,13 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpfuse.errors import InvalidArgument
+from tpfuse.backends.collective import first_line
+from tpfuse.bench.method import first_error
+from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.graphs import CudaGraphs
 from tpfuse.integrations.transformers.packed import PackedModel, piecewise
 
 SPARE = 8  # positions of the cache beyond the workload: for the steps before the timed runs
 GRAPHS = ("none", "full", "piecewise")
-COMPILERS = ("", "inductor")  # empty: pieces run as torch.compile traced them
+COMPILERS = ("", "inductor")  # empty: a decode step is not compiled, and pieces run as torch.compile traced them
 SIZES = (64, 128, 256, 512)  # numbers of tokens that piecewise captures, beside that of a decode step
 CHUNK_RUNS = 20
 
@@ -47,7 +54,7 @@ class Workload:
     output_len: int = 256
     graphs: str = "full"  # of GRAPHS: eager, decode steps in one CUDA graph each, or prompt and decode in pieces
     chunks: tuple[int, ...] = ()  # with piecewise: time single prefill chunks of so many tokens
-    compiler: str = ""  # of COMPILERS: what makes code of the pieces, and of the compiled chunks beside them
+    compiler: str = ""  # of COMPILERS: what makes code of decode steps, or of pieces and the chunks beside them
     experts: str = ""  # transformers' implementation of the experts; empty: its default
     profile: str = ""  # a file to which rank 0 appends where the time of a decode step goes, a JSON line a kernel
 
@@ -59,9 +66,9 @@ class Workload:
             )
         if self.graphs not in GRAPHS:
             raise InvalidArgument(f"bench model: graphs={self.graphs!r}; supported: {', '.join(GRAPHS)}.")
-        if self.compiler not in COMPILERS or (self.compiler and self.graphs != "piecewise"):
+        if self.compiler not in COMPILERS or (self.compiler and self.graphs == "none"):
             raise InvalidArgument(
-                f"bench model: compiler={self.compiler!r}, graphs={self.graphs!r}; with piecewise: 'inductor'."
+                f"bench model: compiler={self.compiler!r}, graphs={self.graphs!r}; with full or piecewise: 'inductor'."
             )
         fits = all(2 <= chunk <= self.input_len for chunk in self.chunks)
         if self.chunks and (self.graphs != "piecewise" or not fits):
@@ -90,6 +97,9 @@ class Session:
         self.places = torch.arange(self.length, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captured: tuple[Captured, ...] = ()
+        self._step: Callable[[], None] = self._advance
+        if workload.compiler and workload.graphs == "full":
+            self._step = _compiled(self._advance, workload.compiler)
 
     def start(self) -> None:
         """The prompt: fills the cache and gives the first token."""
@@ -103,6 +113,9 @@ class Session:
 
     def step(self) -> None:
         """One token for every request."""
+        self._step()
+
+    def _advance(self) -> None:
         output = self.model(**self._inputs(), logits_to_keep=1)
         self._take(output.logits)
         self.position.add_(1)
@@ -132,7 +145,7 @@ class Session:
         return served(applied) - before if applied else counted.found
 
     def capture(self) -> None:
-        """A decode step as a CUDA graph."""
+        """A decode step as a CUDA graph. What compiling it takes counts."""
         began = time.perf_counter()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -265,11 +278,38 @@ class PackedSession(Session):
 
 
 def _compiler(name: str) -> Any:
-    if not name:
-        return None
-    from torch._inductor.compile_fx import compile_fx
+    return torch._dynamo.lookup_backend(name) if name else None
 
-    return compile_fx
+
+def _compiled(step: Callable[[], None], compiler: str) -> Callable[[], None]:
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    torch._dynamo.reset()  # what was compiled for the session before
+    advance = torch.compile(step, backend=_in_step(_compiler(compiler)), fullgraph=True, dynamic=False)
+
+    def run() -> None:
+        try:
+            advance()
+        except BackendCompilerFailed as error:
+            raise error.inner_exception from None  # which says in its first line what is wrong
+
+    return run
+
+
+def _in_step(compiler: Any) -> Callable[..., Any]:
+    """The compiler, but no rank returns from it before all do. If one could not, none does."""
+
+    def compiled(graph: Any, inputs: list[Any]) -> Any:
+        made, error = None, ""
+        try:
+            made = compiler(graph, inputs)
+        except Exception as raised:
+            error = first_line(raised)
+        if error := first_error(error):
+            raise Unsupported(f"bench model: a decode step does not compile: {error}")
+        return made
+
+    return compiled
 
 
 class CountCollectives(TorchDispatchMode):
