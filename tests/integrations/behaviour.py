@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,12 @@ def decoded(rank: Rank, path: Path, mode: str, tokens: int, compiler: str = "") 
             session.graph.replay() if session.graph else session.step()
             found.append(session.tokens.clone())
         return torch.cat(found, 1).cpu()
+
+
+def replaced(rank: Rank, path: Path, mode: str, names: str) -> list[bool]:
+    """Of each module with such a name, whether its forward is not its class's."""
+    with tiny.closing(tiny.load(path, mode, rank.world)) as model:
+        return ["forward" in vars(module) for name, module in model.named_modules() if re.search(names, name)]
 
 
 def uncompiled(rank: Rank) -> str:

@@ -10,12 +10,14 @@ import behaviour as jobs
 import pytest
 import tiny_models as tiny
 import torch
+from ulps import error
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'tpfuse[transformers]'")
 
 from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.integrations import transformers as integration
 from tpfuse.integrations.transformers.integration import _refuse
+from tpfuse.integrations.transformers.layers import head_norm
 
 ONE_OF_EACH = pytest.mark.parametrize("name", ["llama", "minimax-m2", "minimax-m3", "nemotron-h"])
 
@@ -238,3 +240,36 @@ def test_a_decode_step_compiles_as_one_graph(name, mode, checkpoint, on_ranks):
 def test_no_rank_runs_what_another_could_not_compile(on_ranks):
     says = "bench model: a decode step does not compile: rank 1: ValueError: no such kernel"
     assert on_ranks(2, jobs.uncompiled) == [says, says]
+
+
+# Norms of single heads
+
+
+def norms_of_heads():
+    """Modules of transformers, with the eps and bias of ours."""
+    from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLRMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    return (MiniMaxM3VLRMSNorm(64, eps=1e-6), 1e-6, 1.0), (Qwen3RMSNorm(64, eps=1e-6), 1e-6, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [0, 1], ids=["minimax-m3", "qwen3"])
+def test_a_norm_of_heads_is_no_further_from_fp64_than_stock(kind, dtype):
+    module, eps, bias = norms_of_heads()[kind]
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(512, 3, 64, generator=generator) * 5).to(dtype)
+    module.weight.data.copy_(torch.randn(64, generator=generator))
+    module.to(dtype)
+    gamma = module.weight.detach().double() + bias
+    exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + eps) * gamma
+    with torch.no_grad():
+        ours, stock = head_norm(module, eps, bias)(x), module(x)
+    assert error(ours, exact) <= 0.501  # one rounding
+    assert error(ours, exact) <= error(stock, exact) + 1e-3
+
+
+def test_off_keeps_the_norms_of_its_author(checkpoint, on_ranks):
+    for mode, ours in (("off", False), ("control", True), ("fused", True)):
+        found = on_ranks(2, jobs.replaced, checkpoint("minimax-m3"), mode, r"(indexer\.)?[qk]_norm$")
+        assert found == [[ours] * (2 + 4 + 4)] * 2, mode

@@ -71,8 +71,9 @@ class Architecture:
 
     layer: makes the forward of a layer that defers; the stock forward serves where nothing is deferred.
     reduces: the mixers, whose output is a partial sum.
-    norms: the norms that may find a deferred sum before them; `norm_eps`, `norm_bias`: their field of eps and what is
-    added to their gamma. final_norm: the one behind the last layer.
+    norms: the norms that may find a deferred sum before them; final_norm: the one behind the last layer.
+    head_norms: norms of single heads, which become one operation where norms may defer.
+    norm_eps, norm_bias: the field of eps of all of these, and what is added to their gamma.
     shards, and beside it one of tensor_experts and expert_parallel: what is divided.
     local, expert_local: fields of modules that count what one rank has, always and with expert parallelism.
     forwards: modules whose forward is replaced in every mode.
@@ -89,6 +90,7 @@ class Architecture:
     expert_parallel: Mapping[str, Rule] = field(default_factory=dict)
     local: Mapping[str, Local] = field(default_factory=dict)
     expert_local: Mapping[str, Local] = field(default_factory=dict)
+    head_norms: tuple[str, ...] = ()
     forwards: Mapping[str, MakeForward] = field(default_factory=dict)
     together: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     check: Callable[[Config, int], None] = lambda config, world: None

@@ -249,6 +249,8 @@ def _give_forwards(
             module.forward = layers.mixer(module, deferral, place, name)
         if place.deferring and pattern in architecture.norms:
             module.forward = layers.norm(module, getattr(module, architecture.norm_eps), architecture.norm_bias)
+        if place.deferring and pattern in architecture.head_norms:
+            module.forward = layers.head_norm(module, getattr(module, architecture.norm_eps), architecture.norm_bias)
         if place.deferring and pattern == f"{architecture.layers}.*":
             module.forward = architecture.layer(module, followers[int(name.rpartition(".")[2])])
     base.forward = layers.model(base, deferral)

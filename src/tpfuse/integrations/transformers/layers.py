@@ -1,4 +1,4 @@
-"""The forwards that defer: of layers, of the mixers in them, and of the norms that reduce.
+"""The forwards that defer: of layers, of the mixers in them, and of the norms that reduce; and of norms that don't.
 
 The residual stream between layers is a tensor or a PendingReduction. The model's own loop hands it on; what others
 capture of it is a tensor, because a layer that someone watches reduces what it returns.
@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from tpfuse.deferred import Deferral, PendingReduction, Place, join, reduced, total, why_not_deferred, why_not_reduced
 from tpfuse.integrations.transformers.architecture import Forward, Module
@@ -62,6 +63,19 @@ def norm(module: Module, eps: float, weight_bias: float) -> Forward:
             return stream.norm(module.weight, eps=eps, weight_bias=weight_bias)
         normed: Tensor = stock(stream)
         return normed
+
+    return forward
+
+
+def head_norm(module: Module, eps: float, weight_bias: float) -> Forward:
+    """A norm of single heads, which a rank has whole: torch's one operation, where models have a chain. It computes in
+    fp32 and rounds once; gamma and bias in 16 bits would be a rounding more, so with a bias all is widened before."""
+
+    def forward(x: Tensor) -> Tensor:
+        gamma: Tensor = module.weight
+        if not weight_bias:
+            return rms_norm(x, gamma.shape, gamma, eps)
+        return rms_norm(x.float(), gamma.shape, gamma.float() + weight_bias, eps).to(x.dtype)
 
     return forward
 

@@ -21,4 +21,4 @@ LLAMA = Architecture(
     local={"layers.*.self_attn": local_groups},
 )
 
-QWEN3 = replace(LLAMA, base="Qwen3Model")
+QWEN3 = replace(LLAMA, base="Qwen3Model", head_norms=("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"))

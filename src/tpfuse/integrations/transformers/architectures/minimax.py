@@ -137,6 +137,7 @@ MINIMAX_M3 = replace(
         **{f"layers.*.mlp.shared_experts.{name}": rule for name, rule in DENSE_MLP.items()},
     },
     local={"layers.*.self_attn": local_groups, "layers.*.self_attn.indexer": local_indexer},
+    head_norms=tuple(f"layers.*.self_attn.{name}" for name in ("q_norm", "k_norm", "indexer.q_norm", "indexer.k_norm")),
     forwards={},
     together={},
     check=check_indexer,
