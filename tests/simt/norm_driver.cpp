@@ -25,7 +25,7 @@
 #ifndef NORM_KINDS  // a mask
 #define NORM_KINDS 3
 #endif
-#ifndef NORM_FEW  // 1: bf16 only; 2: of those, the two usual kernels; 3: one that turns rows before the sums arrive
+#ifndef NORM_FEW  // 1: bf16 only; 2: of those, the two usual kernels; 3: two that turn rows before the sums arrive
 #define NORM_FEW 0
 #endif
 
@@ -51,8 +51,8 @@ struct Variant {
   u32 tensors, world;
   bool aligned, few;
   Turn turn;
-  u32 groups[2], warps;  // by row: most groups of each tensor
-  u32 vectors, rows;     // by block
+  u32 groups[2], warps;        // by row: most groups of each tensor
+  u32 vectors, rows, partner;  // by block
   void (*kernel)(NormArgs);
 
   u32 rows_at_once() const { return kind == Kind::row ? warps : rows; }
@@ -71,6 +71,7 @@ struct Variant {
     std::string out = std::string(kind == Kind::row ? "norm_by_row " : "norm_by_block ") + kTypes[u32(type)] + " x" +
                       number(tensors) + (aligned ? " aligned" : " unaligned") + kTurns[u32(turn)];
     if (few) out += " few";
+    if (partner) out += " partner " + number(partner);
     if (kind == Kind::block) return out + " vectors " + number(vectors) + " rows " + number(rows);
     return out + " groups " + number(groups[0]) + "+" + number(groups[1]) + " warps " + number(warps);
   }
@@ -92,10 +93,11 @@ void by_row() {
                         kWarps,
                         0,
                         0,
+                        0,
                         norm_by_row<T, W, kGroups0, kGroups1, kAligned, kWarps, 1, kFew, kTurn>});
 }
 template <class T, u32 W, u32 kTensors, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, Turn kTurn = Turn::none,
-          u32 kEarly = 0>
+          u32 kEarly = 0, u32 kPartner = 0>
 void by_block() {
   if constexpr (NORM_KINDS & 2)
     variants.push_back({Kind::block,
@@ -109,7 +111,8 @@ void by_block() {
                         0,
                         kVectors,
                         kRows,
-                        norm_by_block<T, kTensors, W, kVectors, kRows, kDeep, kAligned, 1024, 1, kTurn, kEarly>});
+                        kPartner,
+                        norm_by_block<T, kTensors, W, kVectors, kRows, kDeep, kAligned, 1024, 1, kTurn, kEarly, kPartner>});
 }
 
 // What every type has in every world, and one of two sets of further ones.
@@ -120,6 +123,7 @@ void variants_of() {
     by_block<T, W, 2, 1, 4, true, true>();
   } else {
     by_block<T, W, 2, 1, 4, true, true, Turn::halves, 2>();
+    by_block<T, W, 2, 1, 4, true, true, Turn::halves, 4, 4>();
   }
   if constexpr (NORM_FEW < 2) {
     by_row<T, W, 3, 0, kOther, 3, true>();
@@ -131,12 +135,18 @@ void variants_of() {
     by_block<T, W, 2, 8, 1, false, true>();
     by_block<T, W, 2, 1, 4, true, true, Turn::neighbours, 4>();
     by_block<T, W, 2, 2, 1, false, false, Turn::halves, 1>();
+    by_block<T, W, 2, 1, 4, true, true, Turn::halves, 4, 4>();
+    by_block<T, W, 2, 1, 2, false, true, Turn::halves, 2, 16>();
+    by_block<T, W, 2, 2, 2, true, false, Turn::halves, 0, 2>();
   }
   if constexpr (NORM_FEW < 2 && !kOther) {
     by_row<T, W, 9, 1, true, 4, true>();
     by_row<T, W, 4, 4, false, 2, false, Turn::neighbours>();
     by_block<T, W, 2, 2, 4, false, false>();
     by_block<T, W, 2, 1, 4, true, true, Turn::halves, 2>();
+    by_block<T, W, 2, 1, 4, true, true, Turn::halves, 2, 8>();
+    by_block<T, W, 2, 1, 4, false, true, Turn::halves, 4, 16>();
+    by_block<T, W, 2, 1, 2, true, true, Turn::halves, 2, 4>();
     by_block<T, W, 2, 8, 1, false, true, Turn::neighbours>();
     by_block<T, W, 1, 1, 4, true, true>();
   }
@@ -512,8 +522,10 @@ class Sequence {
     Turn how = call.variant->turn;
     if (how == Turn::none) return;
     u32 unit = how == Turn::halves ? 16 : 8;
-    call.head_dim = std::min(256u, unit << random_.below(6));
-    call.rotary_dim = random_.one_in(2) ? call.head_dim : unit * (1 + random_.below(call.head_dim / unit));
+    u32 known = 16 * call.variant->partner;  // what the kernel turns, if it is made for that
+    call.head_dim = std::min(256u, std::max(unit, known) << random_.below(6));
+    if (known) call.rotary_dim = known;
+    else call.rotary_dim = random_.one_in(2) ? call.head_dim : unit * (1 + random_.below(call.head_dim / unit));
   }
 
   void draw_widths(Call& call) {
@@ -566,7 +578,8 @@ class Sequence {
       u32 bits = 0;
       for (u32 t = 0; t < v.tensors; ++t)
         bits |= c.width[t] % 8 | (c.y[t].offset * size_of(v.type) | c.y[t].stride * size_of(v.type)) % 16;
-      bool fits = c.variant->type == v.type && c.variant->tensors == v.tensors && c.variant->turn == v.turn &&
+      bool turns = c.variant->turn == v.turn && (v.partner == 0 || c.rotary_dim == 16 * v.partner);
+      bool fits = c.variant->type == v.type && c.variant->tensors == v.tensors && turns &&
                   (!v.aligned || bits == 0) && v.fits(c.width);
       if (fits) before = &c;
     }

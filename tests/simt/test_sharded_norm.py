@@ -83,6 +83,10 @@ MUTATIONS = {
     ),
     "no_barrier_after_exchange": Mutation({"barrier();\n    if (failed)": "if (failed)"}, ("block",)),
     "no_barrier_before_turn": Mutation({"barrier();\n      work.leave_begin": "work.leave_begin"}, ("block",), few=3),
+    "rows_of_the_other_lane": Mutation(
+        {"lane() & kPartner ? kOwn : 0": "lane() & kPartner ? 0 : kOwn"}, ("block",), few=3
+    ),
+    "pair_of_the_next_lane": Mutation({"slot % kEach * kPartner": "slot % kEach"}, ("block",), few=3),
     "gamma_first": Mutation({"mul_rn(mul_rn(x[i], inverse), gamma[i])": "mul_rn(x[i], mul_rn(inverse, gamma[i]))"}),
 }
 

@@ -249,19 +249,19 @@ class Rotation {
   static constexpr u32 kVectors = kTurn == Turn::halves ? 2 : kTurn == Turn::neighbours ? 1 : 0;
   static constexpr u32 kPairs = kTurn == Turn::none ? 4 : kGroupElements / 2;
 
-  // The row's place in the tables. The tables wait for this, so it is loaded as early as the row.
-  TPF_DEVICE static u64 begin_of(const NormArgs& a, u32 row) {
+  // The row's place in the tables, in vectors: a table of more than 64 GB has no place in memory. The tables wait for this,
+  // so it is loaded as early as the row.
+  TPF_DEVICE static u32 begin_of(const NormArgs& a, u32 row) {
     if constexpr (kTurn == Turn::none) return 0;
     if (row >= a.rows) return 0;
-    Vec8 position = load_global(reinterpret_cast<const Vec8*>(a.positions) + row);
-    return (u64(position.w[1]) << 32 | position.w[0]) * (a.rotary_dim / 2);
+    return load_global(reinterpret_cast<const Vec8*>(a.positions) + row).w[0] * (a.rotary_dim / 8);
   }
-  TPF_DEVICE static Vec16 vector_of(u64 table, u64 begin, u32 vector) {
-    return load_global(reinterpret_cast<const Vec16*>(reinterpret_cast<const float*>(table) + begin) + vector);
+  TPF_DEVICE static Vec16 vector_of(u64 table, u32 begin, u32 vector) {
+    return load_global(reinterpret_cast<const Vec16*>(table) + (begin + vector));
   }
 
   // This lane's angles of a row that begins there, into registers.
-  TPF_DEVICE void load(const NormArgs& a, u64 begin) {
+  TPF_DEVICE void load(const NormArgs& a, u32 begin) {
     static_assert(!kShared || kTurn == Turn::none);
     if constexpr (kTurn != Turn::none && !kShared) {
       u32 first = aim(a.head_dim, a.rotary_dim);
@@ -338,11 +338,14 @@ struct Kept {
   static constexpr bool kHasGamma = true;
   float x[8];
 
-  template <bool kShared>
-  TPF_DEVICE void keep(const Lane<T>& lane, const float* gamma, const Rotation<kTurn, kShared>& rotation) {
+  TPF_DEVICE void weigh(const Lane<T>& lane, const float* gamma) {
     widen(lane, x);
     TPF_UNROLL
     for (int i = 0; i < 8; ++i) x[i] = mul_rn(x[i], gamma[i]);
+  }
+  template <bool kShared>
+  TPF_DEVICE void keep(const Lane<T>& lane, const float* gamma, const Rotation<kTurn, kShared>& rotation) {
+    weigh(lane, gamma);
     rotation.turn(x);
   }
   TPF_DEVICE Lane<T> normed(float inverse, const float*) const {
@@ -442,28 +445,40 @@ TPF_DEVICE void report(const Args& a, u32 peer, u32 step, u64 waited_ns) {
   store_system(record, Vec16{{1, a.op, a.rank, peer}});
 }
 
-// Sums kRows values over the 32 lanes, each by the fold of one value, in fewer shuffles: while several rows are left,
-// the two halves of the lanes exchange so that each goes on with half of the rows. Lane l ends with row
+// The levels of a fold over lanes from kMask down, of kEach values of each of kRows rows. While several rows are left, the
+// two halves of the lanes exchange so that each goes on with half of the rows. A level at which a lane has both values
+// (kPartner) needs no shuffle.
+template <u32 kMask, u32 kRows, u32 kEach, u32 kPartner, u32 kCount>
+TPF_DEVICE float fold_levels(float (&x)[kCount]) {
+  if constexpr (kMask == 0) {
+    return x[0];
+  } else if constexpr (kMask == kPartner) {
+    TPF_UNROLL
+    for (u32 r = 0; r < kRows; ++r) x[r] = add_rn(x[2 * r], x[2 * r + 1]);
+    return fold_levels<kMask / 2, kRows, 1, kPartner>(x);
+  } else if constexpr (kRows > 1) {
+    constexpr u32 kHalf = kRows / 2 * kEach;
+    bool upper = lane() & kMask;
+    TPF_UNROLL
+    for (u32 i = 0; i < kHalf; ++i) {
+      float keep = upper ? x[i + kHalf] : x[i], give = upper ? x[i] : x[i + kHalf];
+      x[i] = add_rn(keep, shuffle_xor(give, kMask));
+    }
+    return fold_levels<kMask / 2, kRows / 2, kEach, kPartner>(x);
+  } else {
+    TPF_UNROLL
+    for (u32 i = 0; i < kEach; ++i) x[i] = add_rn(x[i], shuffle_xor(x[i], kMask));
+    return fold_levels<kMask / 2, 1, kEach, kPartner>(x);
+  }
+}
+// Sums kRows values over the 32 lanes, each by the fold of one value, in fewer shuffles. Lane l ends with row
 // l / (32 / kRows).
 template <u32 kRows>
 TPF_DEVICE float fold_lanes(const float (&sums)[kRows]) {
   float x[kRows];
   TPF_UNROLL
   for (u32 r = 0; r < kRows; ++r) x[r] = sums[r];
-  u32 mask = kWarp / 2;
-  TPF_UNROLL
-  for (u32 left = kRows; left > 1; left /= 2) {
-    bool upper = lane() & mask;
-    TPF_UNROLL
-    for (u32 r = 0; r < left / 2; ++r) {
-      float keep = upper ? x[r + left / 2] : x[r], give = upper ? x[r] : x[r + left / 2];
-      x[r] = add_rn(keep, shuffle_xor(give, mask));
-    }
-    mask /= 2;
-  }
-  TPF_UNROLL
-  for (u32 m = kWarp / 2 / kRows; m > 0; m /= 2) x[0] = add_rn(x[0], shuffle_xor(x[0], m));
-  return x[0];
+  return fold_levels<kWarp / 2, kRows, 1, 0>(x);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -556,7 +571,7 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
   dependency_wait();
   if (!exists) return;
   u32 step = load_global(reinterpret_cast<const u32*>(counter)) + 1;
-  u64 angles = Rotation<kTurn, false>::begin_of(a, row);
+  u32 angles = Rotation<kTurn, false>::begin_of(a, row);
   Lane<T> own[kGroups];
   TPF_UNROLL
   for (u32 g = 0; g < kGroups; ++g)
@@ -628,12 +643,12 @@ TPF_DEVICE float fold_halves(float (&x)[kCount]) {
   return x[0];
 }
 
-// The fold of `count` groups' sums by `kLanes` neighbouring lanes, of which this is number `s`.
-template <u32 kLanes>
+// The fold of `count` groups' sums, at most kMost, by `kLanes` neighbouring lanes, of which this is number `s`.
+template <u32 kLanes, u32 kMost>
 TPF_DEVICE float fold_groups(const float* sums, u32 count, u32 s) {
-  constexpr u32 kEach = kBlockGroups / kLanes;
+  constexpr u32 kEach = padded((kMost + kLanes - 1) / kLanes);
   float x = s < count ? sums[s] : 0.0f;
-  if (count > kLanes) {
+  if (kEach > 1 && count > kLanes) {
     float part[kEach];
     TPF_UNROLL
     for (u32 i = 0; i < kEach; ++i) part[i] = s + i * kLanes < count ? sums[s + i * kLanes] : 0.0f;
@@ -644,11 +659,39 @@ TPF_DEVICE float fold_groups(const float* sums, u32 count, u32 s) {
   return x;
 }
 
+// Which vectors of a step's rows a lane has of each group: slots 0 to kRows - 1. Its own vector of all rows; or, where lanes
+// l and l ^ kPartner have the two halves of the pairs that a rotation turns, both vectors of one half of the rows.
+template <u32 kRows, u32 kPartner>
+struct Slots {
+  static constexpr u32 kEach = kPartner > 0 ? 2 : 1;  // of a row
+  static constexpr u32 kOwn = kRows / kEach;          // rows
+
+  TPF_DEVICE static u32 row(u32 slot) { return (lane() & kPartner ? kOwn : 0) + slot / kEach; }
+  // A slot's vector is `beyond(slot)` vectors beyond the lane's first one. Rows end with a head, so with both or before both.
+  TPF_DEVICE static u32 place() { return lane() & ~kPartner; }
+  TPF_DEVICE static constexpr u32 beyond(u32 slot) { return slot % kEach * kPartner; }
+
+  // The rows' sums over all lanes, each by the fold of one row; a lane ends with that of summed_row().
+  TPF_DEVICE static float fold(float (&sums)[kRows]) { return fold_levels<kWarp / 2, kOwn, kEach, kPartner>(sums); }
+  TPF_DEVICE static u32 summed_row() { return (lane() & kHigh ? kRows / 2 : 0) + (lane() & kLow ? 1 : 0); }
+  TPF_DEVICE static bool is_first_of_its_sum() { return (lane() & ~(kHigh | kLow)) == 0; }
+
+ private:
+  // Bits of a lane's number that say which rows it has, or goes on with in the fold.
+  static_assert(kRows <= 4);
+  static constexpr u32 kHalf = kPartner > 0 ? kPartner : kWarp / 2;
+  static constexpr u32 kHigh = kRows > 1 ? kHalf : 0;
+  static constexpr u32 kLow = kRows < 4 ? 0 : kHalf == kWarp / 2 ? kWarp / 4 : kWarp / 2;
+};
+
 // One block's work on a step of kRows rows. kVectors: groups that one warp holds of a row.
-template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kAligned, Turn kTurn>
+template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kAligned, u32 kWarps, Turn kTurn, u32 kPartner>
 struct BlockStep {
   static constexpr u32 kLanes = kWarp / kRows;  // lanes of warp 0 that look after one row
   static_assert(kLanes >= W, "a row needs a lane for every rank");
+  static_assert(kPartner == 0 || (kTurn == Turn::halves && kRows % 2 == 0));
+  using Mine = Slots<kRows, kPartner>;
+  static constexpr u32 kGroups = kWarps * kVectors < kBlockGroups ? kWarps * kVectors : kBlockGroups;  // at most
   struct Sums {
     float of[kRows][kBlockGroups];
   };
@@ -656,12 +699,14 @@ struct BlockStep {
     float of[kRows][kTensors];
   };
   using Angles = Rotation<kTurn, true>;
-  // Of the rotation, of each row. Lower halves of heads turn with negative sines.
+  // Of the rotation, of each row. Lower halves of heads turn with negative sines. Where lanes have pairs, those of slots s
+  // and s + 1 need two vectors of each table: for each slot one of them, for all lanes side by side.
+  static constexpr u32 kAngleVectors = kPartner > 0 ? 2 * kPartner : Angles::kPairs / 4;
   struct Tables {
-    u64 begins[kRows];
-    Vec16 cosines[kRows][Angles::kPairs / 4];
-    Vec16 sines[kRows][Angles::kPairs / 4];
-    Vec16 negative_sines[kRows][Angles::kPairs / 4];
+    u32 begins[kRows];
+    Vec16 cosines[kRows][kAngleVectors];
+    Vec16 sines[kRows][kAngleVectors];
+    Vec16 negative_sines[kPartner > 0 ? 1 : kRows][kAngleVectors];
   };
   using Rows = Lane<T>[kRows][kVectors];
   using Keeps = Kept<T, kTurn>[kRows][kVectors];
@@ -682,27 +727,31 @@ struct BlockStep {
 
   TPF_DEVICE u32 group(u32 v) const { return (kForgets ? warp : warp_index()) + v * (block_size() / kWarp); }
   TPF_DEVICE u32 tensor(u32 v) const { return kTensors == 2 && group(v) >= groups0 ? 1 : 0; }
-  TPF_DEVICE u32 at(u32 v) const {
-    return (tensor(v) == 0 ? group(v) : group(v) - groups0) * kGroupElements + lane() * kLaneElements;
+  // Where group v begins in its tensor, for place 0, and the elements [at, at + 8) for a place.
+  TPF_DEVICE u32 at(u32 v, u32 place) const {
+    return (tensor(v) == 0 ? group(v) : group(v) - groups0) * kGroupElements + place * kLaneElements;
   }
   TPF_DEVICE u32 first_row(u32 chunk) const { return chunk * kRows; }
 
   TPF_DEVICE void load(u32 chunk, Rows& rows) const {
     TPF_UNROLL
-    for (u32 r = 0; r < kRows; ++r) {
-      u32 row = first_row(chunk) + r;
+    for (u32 v = 0; v < kVectors; ++v) {
+      bool k = tensor(v) == 1;
+      const T* x = reinterpret_cast<const T*>(k ? a.x[1] : a.x[0]);
+      i64 stride = k ? a.x_stride[1] : a.x_stride[0];
+      u32 width = k ? a.width[1] : a.width[0];
       TPF_UNROLL
-      for (u32 v = 0; v < kVectors; ++v) {
-        bool k = tensor(v) == 1;
-        const T* x = reinterpret_cast<const T*>(k ? a.x[1] : a.x[0]) + row * (k ? a.x_stride[1] : a.x_stride[0]);
+      for (u32 s = 0; s < kRows; ++s) {
+        u32 row = first_row(chunk) + Mine::row(s);
         // A row past the end has no width: nothing is loaded.
-        rows[r][v] = load_lane<T, kAligned>(x, at(v), row < a.rows ? (k ? a.width[1] : a.width[0]) : 0);
+        rows[s][v] = load_lane<T, kAligned>(x + row * stride + Mine::beyond(s) * kLaneElements, at(v, Mine::place()),
+                                            row < a.rows ? width : 0);
       }
     }
   }
 
-  TPF_DEVICE void load_gamma(u32 v, float (&gamma)[8]) const {
-    widen_gamma(a, tensor(v), tpfuse::load_gamma<kAligned>(a, tensor(v), at(v)), gamma);
+  TPF_DEVICE void load_gamma(u32 v, u32 place, float (&gamma)[8]) const {
+    widen_gamma(a, tensor(v), tpfuse::load_gamma<kAligned>(a, tensor(v), at(v, place)), gamma);
   }
 
   // Each warp leaves its groups' sums in shared memory.
@@ -711,17 +760,17 @@ struct BlockStep {
     for (u32 v = 0; v < kVectors; ++v) {
       float square[kRows];
       TPF_UNROLL
-      for (u32 r = 0; r < kRows; ++r) square[r] = lane_square(rows[r][v]);
-      float sum = fold_lanes<kRows>(square);
-      if (lane() % kLanes == 0 && group(v) < groups0 + groups1) sums.of[lane() / kLanes][group(v)] = sum;
+      for (u32 s = 0; s < kRows; ++s) square[s] = lane_square(rows[s][v]);
+      float sum = Mine::fold(square);
+      if (Mine::is_first_of_its_sum() && group(v) < groups0 + groups1) sums.of[Mine::summed_row()][group(v)] = sum;
     }
   }
 
   // Warp 0: the packet of each row to each rank, the own one included.
   TPF_DEVICE void send(u32 chunk, u32 step, const Sums& sums) const {
     u32 r = lane() / kLanes, peer = lane() % kLanes;
-    float q = fold_groups<kLanes>(sums.of[r], groups0, peer);
-    float k = kTensors == 2 ? fold_groups<kLanes>(sums.of[r] + groups0, groups1, peer) : 0.0f;
+    float q = fold_groups<kLanes, kGroups>(sums.of[r], groups0, peer);
+    float k = kTensors == 2 ? fold_groups<kLanes, kGroups>(sums.of[r] + groups0, groups1, peer) : 0.0f;
     if (peer < W && first_row(chunk) + r < a.rows)
       store_system(reinterpret_cast<Vec16*>(block_slot<W>(workspace_of<W>(a, peer), step, a.rank, r)),
                    packet_of(q, k, step));
@@ -761,10 +810,10 @@ struct BlockStep {
   // The last warps look after the tables: the first one is busy with packets.
   TPF_DEVICE u32 last() const { return block_size() - 1 - thread_index(); }
   // Where one row's angles begin. Loaded a step ahead, or the tables would wait for two trips.
-  TPF_DEVICE u64 begin_of(u32 chunk) const {
+  TPF_DEVICE u32 begin_of(u32 chunk) const {
     return last() < kRows ? Angles::begin_of(a, first_row(chunk) + last()) : 0;
   }
-  TPF_DEVICE void leave_begin(u64 begin, Tables& tables) const {
+  TPF_DEVICE void leave_begin(u32 begin, Tables& tables) const {
     if (kTurn != Turn::none && last() < kRows) tables.begins[last()] = begin;
   }
   // The rows' tables into shared memory, while sums are under way.
@@ -772,33 +821,69 @@ struct BlockStep {
     if constexpr (kTurn == Turn::none) return;
     for (u32 i = last(); i < kRows * a.rotary_dim / 8; i += block_size()) {
       u32 r = i % kRows, vector = i / kRows;
-      tables.cosines[r][vector] = Angles::vector_of(a.cosines, tables.begins[r], vector);
+      Vec16 cosines = Angles::vector_of(a.cosines, tables.begins[r], vector);
       Vec16 sines = Angles::vector_of(a.sines, tables.begins[r], vector);
-      tables.sines[r][vector] = sines;
-      if (kTurn == Turn::halves) tables.negative_sines[r][vector] = Angles::negative(sines);
+      if constexpr (kPartner > 0) {
+        u32 s = r % Mine::kOwn * 2 + vector % 2, place = r / Mine::kOwn * kPartner + vector / 2;
+        tables.cosines[s][place] = cosines;
+        tables.sines[s][place] = sines;
+      } else {
+        tables.cosines[r][vector] = cosines;
+        tables.sines[r][vector] = sines;
+        if (kTurn == Turn::halves) tables.negative_sines[r][vector] = Angles::negative(sines);
+      }
     }
   }
 
-  // Of group v the rows [kFrom, kTo).
-  template <u32 kFrom, u32 kTo>
-  TPF_DEVICE void keep(u32 v, const Rows& rows, const Tables& tables, const float* gamma, Keeps& kept) const {
+  // Turns the pairs that lie in slots s and s + 1.
+  TPF_DEVICE void turn_pairs(u32 s, const Tables& tables, float (&lower)[8], float (&upper)[8]) const {
+    bool turns = (lane() * kLaneElements & (a.head_dim - 1)) < 2 * kPartner * kLaneElements;
+    if (!turns) return;
+    u32 place = lane() % (2 * kPartner);
     TPF_UNROLL
-    for (u32 r = kFrom; r < kTo; ++r) {
-      Angles rotation;
-      rotation.look_at(a, tables.cosines[r], tables.sines[r], tables.negative_sines[r]);
-      kept[r][v].keep(rows[r][v], gamma, rotation);
+    for (u32 half = 0; half < 2; ++half) {
+      Vec16 c = tables.cosines[s + half][place], n = tables.sines[s + half][place];
+      TPF_UNROLL
+      for (u32 i = 0; i < 4; ++i) {
+        float cosine = float_of(c.w[i]), sine = float_of(n.w[i]), &l = lower[4 * half + i], &u = upper[4 * half + i];
+        float turned = add_rn(mul_rn(l, cosine), mul_rn(u, -sine));
+        u = add_rn(mul_rn(u, cosine), mul_rn(l, sine));
+        l = turned;
+      }
     }
   }
 
-  template <u32 kFrom, u32 kTo>
-  TPF_DEVICE void store(u32 chunk, u32 v, const Keeps& kept, const Inverses& inverses, const float* gamma) const {
+  // Of group v the slots [kFrom, kTo). gamma(v, s): of slot s.
+  template <u32 kFrom, u32 kTo, class Gamma>
+  TPF_DEVICE void keep(u32 v, const Rows& rows, const Tables& tables, const Gamma& gamma, Keeps& kept) const {
+    if constexpr (kFrom == kTo) return;
+    const auto &first = gamma(v, 0), &second = gamma(v, Mine::kEach - 1);
+    TPF_UNROLL
+    for (u32 s = kFrom; s < kTo; s += Mine::kEach) {
+      if constexpr (kPartner > 0) {
+        kept[s][v].weigh(rows[s][v], first.x);
+        kept[s + 1][v].weigh(rows[s + 1][v], second.x);
+        turn_pairs(s, tables, kept[s][v].x, kept[s + 1][v].x);
+      } else {
+        Angles rotation;
+        rotation.look_at(a, tables.cosines[s], tables.sines[s], tables.negative_sines[s]);
+        kept[s][v].keep(rows[s][v], first.x, rotation);
+      }
+    }
+  }
+
+  template <u32 kFrom, u32 kTo, class Gamma>
+  TPF_DEVICE void store(u32 chunk, u32 v, const Keeps& kept, const Inverses& inverses, const Gamma& gamma) const {
     bool k = tensor(v) == 1;
+    T* y = reinterpret_cast<T*>(k ? a.y[1] : a.y[0]);
+    i64 stride = k ? a.y_stride[1] : a.y_stride[0];
+    u32 width = k ? a.width[1] : a.width[0];
     TPF_UNROLL
-    for (u32 r = kFrom; r < kTo; ++r) {
-      u32 row = first_row(chunk) + r;
-      T* y = reinterpret_cast<T*>(k ? a.y[1] : a.y[0]) + row * (k ? a.y_stride[1] : a.y_stride[0]);
-      Lane<T> lane = kept[r][v].normed(inverses.of[r][k ? 1 : 0], gamma);
-      store_lane<T, kAligned>(y, at(v), row < a.rows ? (k ? a.width[1] : a.width[0]) : 0, lane);
+    for (u32 s = kFrom; s < kTo; ++s) {
+      u32 row = first_row(chunk) + Mine::row(s);
+      Lane<T> lane = kept[s][v].normed(inverses.of[Mine::row(s)][k ? 1 : 0], gamma(v, s).x);
+      store_lane<T, kAligned>(y + row * stride + Mine::beyond(s) * kLaneElements, at(v, Mine::place()),
+                              row < a.rows ? width : 0, lane);
     }
   }
 };
@@ -809,26 +894,49 @@ struct BlockStep {
 // kEarly: rows of a chunk that are turned while its sums are exchanged; the others are turned when these are stored.
 // Turned rows are fp32, twice the registers of 16-bit ones. Peers can't tell any of this.
 template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, u32 kThreads, u32 kResident,
-          Turn kTurn = Turn::none, u32 kEarly = 0>
+          Turn kTurn = Turn::none, u32 kEarly = 0, u32 kPartner = 0>
 TPF_KERNEL(kThreads, kResident)
 void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
-  using Step = BlockStep<T, kTensors, W, kVectors, kRows, kAligned, kTurn>;
-  static_assert(kEarly <= (kTurn == Turn::none ? 0 : kRows));
+  using Step = BlockStep<T, kTensors, W, kVectors, kRows, kAligned, kThreads / kWarp, kTurn, kPartner>;
+  using Mine = typename Step::Mine;
+  static_assert(kEarly <= (kTurn == Turn::none ? 0 : kRows) && kEarly % Mine::kEach == 0);
   constexpr bool kSharesGamma = kDeep && kTurn != Turn::none;
-  using Gammas = float[kSharesGamma ? kVectors : 1][kSharesGamma ? kThreads : 1][8];
+  // A lane's 32 bytes in two places, or they would share its banks.
+  using Gammas = Vec16[kSharesGamma ? kVectors : 1][2][kSharesGamma ? kThreads : 1];
   TPF_SHARED(typename Step::Sums, sums);
   TPF_SHARED(typename Step::Inverses, inverses);
   TPF_SHARED(typename Step::Tables, tables);
   TPF_SHARED(Gammas, shared_gamma);
   TPF_SHARED(u32, failed);
   Step work(a);
-  float own_gamma[kVectors][8];
-  auto gamma_of = [&](u32 v) -> float(&)[8] {
-    if constexpr (kSharesGamma) return shared_gamma[v][thread_index()];
-    else return own_gamma[v];
+  struct Gamma {
+    float x[8];
+  };
+  Gamma own_gamma[kVectors][Mine::kEach];
+  auto load_gamma = [&](u32 v) {
+    if constexpr (kSharesGamma) {
+      float gamma[8];
+      work.load_gamma(v, lane(), gamma);
+      Lane<float> wide = narrow<float>(gamma);
+      shared_gamma[v][0][thread_index()] = wide.v[0];
+      shared_gamma[v][1][thread_index()] = wide.v[1];
+    } else {
+      TPF_UNROLL
+      for (u32 s = 0; s < Mine::kEach; ++s) work.load_gamma(v, Mine::place() + Mine::beyond(s), own_gamma[v][s].x);
+    }
+  };
+  auto gamma_of = [&](u32 v, u32 s) -> decltype(auto) {
+    if constexpr (kSharesGamma) {
+      u32 thread = warp_index() * kWarp + Mine::place() + Mine::beyond(s);
+      Gamma gamma;
+      widen(Lane<float>{{shared_gamma[v][0][thread], shared_gamma[v][1][thread]}}, gamma.x);
+      return gamma;
+    } else {
+      return (own_gamma[v][s % Mine::kEach]);
+    }
   };
   TPF_UNROLL
-  for (u32 v = 0; kDeep && v < kVectors; ++v) work.load_gamma(v, gamma_of(v));
+  for (u32 v = 0; kDeep && v < kVectors; ++v) load_gamma(v);
   if (thread_index() == 0) failed = 0;
 
   dependency_trigger();
@@ -851,15 +959,15 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
       work.send(chunk, step, sums);
       if (kEarly == 0 && !work.receive(chunk, step, inverses)) failed = 1;
     }
-    u64 begin = work.begin_of(chunk + grid_size());
+    u32 begin = work.begin_of(chunk + grid_size());
     work.load_tables(tables);
     if constexpr (kEarly > 0) {
       barrier();
       work.leave_begin(begin, tables);
       TPF_UNROLL
       for (u32 v = 0; v < kVectors; ++v) {
-        if (!kDeep) work.load_gamma(v, gamma_of(v));
-        work.template keep<0, kEarly>(v, rows, tables, gamma_of(v), kept);
+        if (!kDeep) load_gamma(v);
+        work.template keep<0, kEarly>(v, rows, tables, gamma_of, kept);
       }
       if (warp_index() == 0 && !work.receive(chunk, step, inverses)) failed = 1;
     }
@@ -869,10 +977,10 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
     TPF_UNROLL
     for (u32 v = 0; v < kVectors; ++v) {
       work.forget_addresses();
-      if (!kDeep && kEarly == 0) work.load_gamma(v, gamma_of(v));
-      work.template store<0, kEarly>(chunk, v, kept, inverses, gamma_of(v));
-      work.template keep<kEarly, kRows>(v, rows, tables, gamma_of(v), kept);
-      work.template store<kEarly, kRows>(chunk, v, kept, inverses, gamma_of(v));
+      if (!kDeep && kEarly == 0) load_gamma(v);
+      work.template store<0, kEarly>(chunk, v, kept, inverses, gamma_of);
+      work.template keep<kEarly, kRows>(v, rows, tables, gamma_of, kept);
+      work.template store<kEarly, kRows>(chunk, v, kept, inverses, gamma_of);
     }
     TPF_UNROLL
     for (u32 r = 0; kDeep && r < kRows; ++r) {

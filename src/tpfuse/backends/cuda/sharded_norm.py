@@ -45,6 +45,8 @@ DEEP_REGISTERS = {"sm_90a": 72}
 DEEP_REGISTERS_ELSEWHERE = 96
 NO_TABLES = (0, 0, 0)  # of a rotation
 GROUP = 256  # elements of a group: 32 lanes of 8
+# Of a half-split rotation of 32, 64, 128 or 256 elements two lanes part the rows. With 16 they would read half sectors.
+PARTNERS = (2, 4, 8, 16)
 
 FIXED = struct.Struct("8QQQII")  # workspaces, error record, timeout, rank, op
 SHAPE = struct.Struct("4q5I5f2I")  # arguments that are the same in calls that are alike, see `Served`
@@ -88,6 +90,7 @@ class Variant:
     aligned: bool
     turn: str = "none"  # of the rotation: "halves" or "neighbours"
     few: bool = False  # rows, so that a thread may have all registers
+    partner: int = 0  # lanes from one half of a pair to the other, where two such lanes part the block's rows
 
     @property
     def vectors(self) -> int:
@@ -97,17 +100,18 @@ class Variant:
         return least if least <= 2 else 8
 
     def deep(self, arch: str) -> bool:
-        """Whether the block kernel has the registers to work ahead."""
-        needed = 0 if self.rows == 1 else DEEP_REGISTERS.get(arch, DEEP_REGISTERS_ELSEWHERE)
+        """Whether the block kernel has the registers to work ahead. With angles for lanes that exchange the halves of
+        pairs, several rows have not: NVRTC 13.0 and 13.4 spill 4 to 20 bytes in 72."""
+        exchanges = self.turn == "halves" and not self.partner
+        least = DEEP_REGISTERS_ELSEWHERE if exchanges else DEEP_REGISTERS.get(arch, DEEP_REGISTERS_ELSEWHERE)
+        needed = 0 if self.rows == 1 else least
         return self.aligned and sum(self.groups) <= 16 and self.register_budget(arch) >= needed
 
-    def early(self, arch: str) -> int:
-        """Rows that the block kernel turns before their sums have arrived, at 8 registers a row and group. 72 or 80
-        registers have room for two; with more, NVRTC spills 8 to 52 bytes."""
-        if self.turn == "none" or self.vectors > 2:
-            return 0
-        tight = self.register_budget(arch) < DEEP_REGISTERS_ELSEWHERE
-        return min(self.rows, 2) if tight else self.rows
+    @property
+    def early(self) -> int:
+        """Rows that the block kernel turns before their sums have arrived, at 8 registers a row and group: all or none.
+        Turning some early reads gamma twice, and takes no fewer registers."""
+        return 0 if self.turn == "none" or self.vectors > 2 else self.rows
 
     @property
     def threads(self) -> int:
@@ -145,7 +149,7 @@ class Variant:
             groups = [*self.groups, 0][:2]
             template = (kind, self.world, *groups, aligned, ROW_WARPS, self.budgeted(arch), str(self.few).lower(), turn)
             return f"tpfuse::norm_by_row<{', '.join(map(str, template))}>"
-        deep, last = str(self.deep(arch)).lower(), (turn, self.early(arch))
+        deep, last = str(self.deep(arch)).lower(), (turn, self.early, self.partner)
         template = (kind, len(self.groups), self.world, self.vectors, self.rows, deep, aligned)
         return f"tpfuse::norm_by_block<{', '.join(map(str, (*template, self.threads, self.budgeted(arch), *last)))}>"
 
@@ -157,15 +161,23 @@ class Variant:
 
 
 def choose(
-    rows: int, widths: Sequence[int], dtype: torch.dtype, world: int, aligned: bool, turn: str = "none"
+    rows: int,
+    widths: Sequence[int],
+    dtype: torch.dtype,
+    world: int,
+    aligned: bool,
+    turn: str = "none",
+    rotary_dim: int = 0,
 ) -> Variant:
     """The kernel for a shape. A function of what is the same on every rank."""
     groups = tuple(-(-width // GROUP) for width in widths)
     held = sum(map(power_of_two, groups)) * dtype.itemsize  # registers of a row in a warp: 2 for each
     if rows <= ROW_KERNEL_ROWS and held <= 20:
         return Variant("row", dtype, world, groups, ROW_WARPS, aligned, turn, rows <= FEW_ROWS)
-    most = 8 // dtype.itemsize if sum(groups) <= 16 else 1
-    return Variant("block", dtype, world, groups, most if rows > ROW_KERNEL_ROWS // 2 else 1, aligned, turn)
+    most = 8 // dtype.itemsize if sum(groups) <= 16 and rows > ROW_KERNEL_ROWS // 2 else 1
+    apart = rotary_dim // 16  # lanes of 8 elements from one half of a pair to the other
+    partner = apart if turn == "halves" and most > 1 and apart in PARTNERS else 0
+    return Variant("block", dtype, world, groups, most, aligned, turn, partner=partner)
 
 
 def variants(worlds: Sequence[int] = (2, 3, 4, 8)) -> Iterator[Variant]:
@@ -185,10 +197,11 @@ def variants(worlds: Sequence[int] = (2, 3, 4, 8)) -> Iterator[Variant]:
         (16384, 16384),
     )
     seen = set()
-    for world, widths, dtype, rows, aligned, turn in product(
-        worlds, shapes, KINDS, (1, 1024, 100_000), (True, False), ("none", "halves", "neighbours")
+    turns = (("none", 0), ("neighbours", 64), *(("halves", rotary_dim) for rotary_dim in (48, 32, 64, 128, 256)))
+    for world, widths, dtype, rows, aligned, (turn, rotary_dim) in product(
+        worlds, shapes, KINDS, (1, 1024, 100_000), (True, False), turns
     ):
-        variant = choose(rows, widths, dtype, world, aligned, turn)
+        variant = choose(rows, widths, dtype, world, aligned, turn, rotary_dim)
         if variant not in seen and (turn == "none" or len(widths) == 2):
             seen.add(variant)
             yield variant
@@ -257,7 +270,9 @@ class ShardedNorm:
         rows, strides = x.numel() // n, [row_stride(t) for t in (xs[0], xs[-1], ys[0], ys[-1])]
         aligned = aligned and whole_vectors(x.element_size(), strides, n, m)
         turn = "none" if rope is None else "neighbours" if rope.interleaved else "halves"
-        variant = choose(rows, widths, x.dtype, self._world, aligned, turn)
+        variant = choose(
+            rows, widths, x.dtype, self._world, aligned, turn, 0 if rope is None else rope.rotary_dim
+        )
         launcher, grid = self._launcher(variant), variant.grid(rows, self._multiprocessors)
         shape = SHAPE.pack(
             *strides, rows, n, m, GAMMA_CODES[weights[0].dtype], GAMMA_CODES[weights[-1].dtype], eps[0], eps[-1],
