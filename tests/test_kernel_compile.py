@@ -21,7 +21,7 @@ from tpfuse.backends.cuda.sharded_norm import Variant, choose, source, variants
 
 PART = 17  # one variant in so many, for each architecture
 USUAL = [
-    choose(rows, widths, torch.bfloat16, world, True, turn)
+    choose(rows, widths, torch.bfloat16, world, True, turn, rotary_dim=64)
     for rows in (1, 100_000)
     for widths in ((1536, 256), (768, 128))
     for world in (4, 8)
@@ -76,7 +76,7 @@ def test_amd(arch: str, tmp_path: Path) -> None:
     shapes = [((1536, 256), 1, 4), ((2048,), 1, 8), ((1536, 256), 100_000, 8), ((6144, 1024), 100_000, 2)]
     chosen = [
         choose(
-            rows, widths, dtype, world, aligned=(number + turned) % 2 == 0, turn=turn if len(widths) == 2 else "none"
+            rows, widths, dtype, world, (number + turned) % 2 == 0, turn if len(widths) == 2 else "none", rotary_dim=64
         )
         for number, (widths, rows, world) in enumerate(shapes)
         for turned, (dtype, turn) in enumerate(

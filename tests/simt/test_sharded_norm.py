@@ -82,7 +82,12 @@ MUTATIONS = {
         {"barrier();\n    if (warp_index() == 0)": "if (warp_index() == 0)"}, ("block",)
     ),
     "no_barrier_after_exchange": Mutation({"barrier();\n    if (failed)": "if (failed)"}, ("block",)),
-    "no_barrier_before_turn": Mutation({"barrier();\n      work.leave_begin": "work.leave_begin"}, ("block",), few=3),
+    "no_barrier_before_turn": Mutation(
+        {"work.load_tables(tables[step % kTables]);\n      barrier();": "work.load_tables(tables[step % kTables]);"},
+        ("block",),
+        few=3,
+    ),
+    "angles_in_one_place": Mutation({"% kTables": "% 1"}, ("block",), few=3),
     "rows_of_the_other_lane": Mutation(
         {"lane() & kPartner ? kOwn : 0": "lane() & kPartner ? 0 : kOwn"}, ("block",), few=3
     ),

@@ -24,7 +24,14 @@
 //
 // A rotation (RoPE) is linear, and a row's factor is one number for a tensor: so rows are multiplied by gamma and turned
 // while the sums are under way, in fp32, and after the arrival only one product an element is left. norm_by_block does so
-// for as many rows of a step as it has registers (kEarly) and turns the others after the arrival, in the same order.
+// where it has the registers (kEarly), by angles that it has loaded a step ahead, and otherwise turns after the arrival.
+//
+// The halves of a pair lie in two lanes, l and l ^ kPartner. With several rows a step norm_by_block does not exchange them:
+// each of the two lanes takes both halves, of one half of the rows (Slots). What bounds a turned row there is the pipe that
+// serves shuffles and shared memory. Of it an exchange takes, for each row and group, 8 shuffles, 4 vectors of angles and a
+// vector of gamma in conflict with itself, by count 32 cycles; without, 2 vectors of angles and 1 of gamma, 12 cycles. A
+// level of the fold becomes an addition in the lane. Loads and stores of a warp are runs of kPartner vectors, which have to
+// be whole sectors of 32 bytes: so not for kPartner 1. Compiled and emulated; it has not yet run on GPUs.
 //
 // Tried on 4x H200 and dropped (docs/qk-norm-performance.md has the figures):
 //   a warp for each group of 256 elements, each sending its own packet: not faster at one row, and 1.5x to 2x slower from
@@ -699,8 +706,9 @@ struct BlockStep {
     float of[kRows][kTensors];
   };
   using Angles = Rotation<kTurn, true>;
-  // Of the rotation, of each row. Lower halves of heads turn with negative sines. Where lanes have pairs, those of slots s
-  // and s + 1 need two vectors of each table: for each slot one of them, for all lanes side by side.
+  // Of the rotation, of each row. Lower halves of heads turn with negative sines. Where lanes have pairs, slots s and s + 1
+  // turn by two vectors of each table: cosines[s] are the first ones and cosines[s + 1] the second ones, lane beside lane,
+  // so that no two share banks.
   static constexpr u32 kAngleVectors = kPartner > 0 ? 2 * kPartner : Angles::kPairs / 4;
   struct Tables {
     u32 begins[kRows];
@@ -727,7 +735,6 @@ struct BlockStep {
 
   TPF_DEVICE u32 group(u32 v) const { return (kForgets ? warp : warp_index()) + v * (block_size() / kWarp); }
   TPF_DEVICE u32 tensor(u32 v) const { return kTensors == 2 && group(v) >= groups0 ? 1 : 0; }
-  // Where group v begins in its tensor, for place 0, and the elements [at, at + 8) for a place.
   TPF_DEVICE u32 at(u32 v, u32 place) const {
     return (tensor(v) == 0 ? group(v) : group(v) - groups0) * kGroupElements + place * kLaneElements;
   }
@@ -809,17 +816,18 @@ struct BlockStep {
 
   // The last warps look after the tables: the first one is busy with packets.
   TPF_DEVICE u32 last() const { return block_size() - 1 - thread_index(); }
-  // Where one row's angles begin. Loaded a step ahead, or the tables would wait for two trips.
+  // Where one row's angles begin. Loaded a step before the tables, or these would wait for two trips.
   TPF_DEVICE u32 begin_of(u32 chunk) const {
     return last() < kRows ? Angles::begin_of(a, first_row(chunk) + last()) : 0;
   }
   TPF_DEVICE void leave_begin(u32 begin, Tables& tables) const {
     if (kTurn != Turn::none && last() < kRows) tables.begins[last()] = begin;
   }
-  // The rows' tables into shared memory, while sums are under way.
+  // The rows' tables into shared memory, while sums are under way. Lanes that have pairs have the first half of the rows if
+  // their bit kPartner is clear, so row r's angles lie with these lanes or beside them.
   TPF_DEVICE void load_tables(Tables& tables) const {
     if constexpr (kTurn == Turn::none) return;
-    for (u32 i = last(); i < kRows * a.rotary_dim / 8; i += block_size()) {
+    for (u32 i = last(); i < kRows * (kPartner > 0 ? 2 * kPartner : a.rotary_dim / 8); i += block_size()) {
       u32 r = i % kRows, vector = i / kRows;
       Vec16 cosines = Angles::vector_of(a.cosines, tables.begins[r], vector);
       Vec16 sines = Angles::vector_of(a.sines, tables.begins[r], vector);
@@ -853,13 +861,12 @@ struct BlockStep {
     }
   }
 
-  // Of group v the slots [kFrom, kTo). gamma(v, s): of slot s.
-  template <u32 kFrom, u32 kTo, class Gamma>
+  // Of group v; gamma(v, s) is that of slot s.
+  template <class Gamma>
   TPF_DEVICE void keep(u32 v, const Rows& rows, const Tables& tables, const Gamma& gamma, Keeps& kept) const {
-    if constexpr (kFrom == kTo) return;
     const auto &first = gamma(v, 0), &second = gamma(v, Mine::kEach - 1);
     TPF_UNROLL
-    for (u32 s = kFrom; s < kTo; s += Mine::kEach) {
+    for (u32 s = 0; s < kRows; s += Mine::kEach) {
       if constexpr (kPartner > 0) {
         kept[s][v].weigh(rows[s][v], first.x);
         kept[s + 1][v].weigh(rows[s + 1][v], second.x);
@@ -872,14 +879,14 @@ struct BlockStep {
     }
   }
 
-  template <u32 kFrom, u32 kTo, class Gamma>
+  template <class Gamma>
   TPF_DEVICE void store(u32 chunk, u32 v, const Keeps& kept, const Inverses& inverses, const Gamma& gamma) const {
     bool k = tensor(v) == 1;
     T* y = reinterpret_cast<T*>(k ? a.y[1] : a.y[0]);
     i64 stride = k ? a.y_stride[1] : a.y_stride[0];
     u32 width = k ? a.width[1] : a.width[0];
     TPF_UNROLL
-    for (u32 s = kFrom; s < kTo; ++s) {
+    for (u32 s = 0; s < kRows; ++s) {
       u32 row = first_row(chunk) + Mine::row(s);
       Lane<T> lane = kept[s][v].normed(inverses.of[Mine::row(s)][k ? 1 : 0], gamma(v, s).x);
       store_lane<T, kAligned>(y + row * stride + Mine::beyond(s) * kLaneElements, at(v, Mine::place()),
@@ -891,21 +898,24 @@ struct BlockStep {
 // Block: 32 threads for every kVectors groups of both tensors. Grid: at most kBlockBlocks.
 // kDeep: the next rows are loaded while this chunk's sums are exchanged, and gamma stays in registers, or in shared
 // memory where rows are turned. Wide rows have no registers for either, and on some architectures several rows have none.
-// kEarly: rows of a chunk that are turned while its sums are exchanged; the others are turned when these are stored.
-// Turned rows are fp32, twice the registers of 16-bit ones. Peers can't tell any of this.
+// kEarly: rows are turned while their sums are exchanged, or else when they are stored. Turned rows are fp32, twice the
+// registers of 16-bit ones. kPartner: 0, or of Turn::halves rotary_dim / 16, where that is 2, 4, 8 or 16 and kRows is even.
+// Peers can't tell any of this.
 template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, u32 kThreads, u32 kResident,
-          Turn kTurn = Turn::none, u32 kEarly = 0, u32 kPartner = 0>
+          Turn kTurn = Turn::none, bool kEarly = false, u32 kPartner = 0>
 TPF_KERNEL(kThreads, kResident)
 void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   using Step = BlockStep<T, kTensors, W, kVectors, kRows, kAligned, kThreads / kWarp, kTurn, kPartner>;
   using Mine = typename Step::Mine;
-  static_assert(kEarly <= (kTurn == Turn::none ? 0 : kRows) && kEarly % Mine::kEach == 0);
+  static_assert(!kEarly || kTurn != Turn::none);
+  constexpr u32 kTables = kEarly ? 2 : 1;  // of the steps that take turns with them
+  using Tables = typename Step::Tables[kTables];
   constexpr bool kSharesGamma = kDeep && kTurn != Turn::none;
   // A lane's 32 bytes in two places, or they would share its banks.
   using Gammas = Vec16[kSharesGamma ? kVectors : 1][2][kSharesGamma ? kThreads : 1];
   TPF_SHARED(typename Step::Sums, sums);
   TPF_SHARED(typename Step::Inverses, inverses);
-  TPF_SHARED(typename Step::Tables, tables);
+  TPF_SHARED(Tables, tables);
   TPF_SHARED(Gammas, shared_gamma);
   TPF_SHARED(u32, failed);
   Step work(a);
@@ -942,12 +952,14 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   dependency_trigger();
   dependency_wait();
   u32* counter = reinterpret_cast<u32*>(workspace_of<W>(a, a.rank) + NormSlots::block_counters) + block_index();
-  u32 step = warp_index() == 0 ? load_global(counter) : 0;
+  u32 step = kEarly || warp_index() == 0 ? load_global(counter) : 0;
   u32 chunks = (a.rows + kRows - 1) / kRows;
   typename Step::Rows rows, loading;
   typename Step::Keeps kept;
   if (kDeep) work.load(block_index(), rows);
-  work.leave_begin(work.begin_of(block_index()), tables);
+  u32 begin = work.begin_of(block_index()), next = kEarly ? work.begin_of(block_index() + grid_size()) : 0;
+  work.leave_begin(begin, tables[(step + 1) % kTables]);
+  if (kEarly) work.leave_begin(next, tables[step % kTables]);
   for (u32 chunk = block_index(); chunk < chunks; chunk += grid_size()) {
     ++step;
     work.forget_addresses();
@@ -957,30 +969,29 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
     barrier();
     if (warp_index() == 0) {
       work.send(chunk, step, sums);
-      if (kEarly == 0 && !work.receive(chunk, step, inverses)) failed = 1;
+      if (!kEarly && !work.receive(chunk, step, inverses)) failed = 1;
     }
-    u32 begin = work.begin_of(chunk + grid_size());
-    work.load_tables(tables);
-    if constexpr (kEarly > 0) {
+    if (kEarly && chunk == block_index()) {  // the first ones: later ones are loaded a step ahead
+      work.load_tables(tables[step % kTables]);
       barrier();
-      work.leave_begin(begin, tables);
-      TPF_UNROLL
-      for (u32 v = 0; v < kVectors; ++v) {
-        if (!kDeep) load_gamma(v);
-        work.template keep<0, kEarly>(v, rows, tables, gamma_of, kept);
-      }
-      if (warp_index() == 0 && !work.receive(chunk, step, inverses)) failed = 1;
     }
+    TPF_UNROLL
+    for (u32 v = 0; kEarly && v < kVectors; ++v) {
+      if (!kDeep) load_gamma(v);
+      work.keep(v, rows, tables[step % kTables], gamma_of, kept);
+    }
+    begin = work.begin_of(chunk + kTables * grid_size());
+    work.load_tables(tables[(step + kTables - 1) % kTables]);
+    if (kEarly && warp_index() == 0 && !work.receive(chunk, step, inverses)) failed = 1;
     barrier();
     if (failed) return;
-    if (kEarly == 0) work.leave_begin(begin, tables);
+    work.leave_begin(begin, tables[step % kTables]);
     TPF_UNROLL
     for (u32 v = 0; v < kVectors; ++v) {
       work.forget_addresses();
-      if (!kDeep && kEarly == 0) load_gamma(v);
-      work.template store<0, kEarly>(chunk, v, kept, inverses, gamma_of);
-      work.template keep<kEarly, kRows>(v, rows, tables, gamma_of, kept);
-      work.template store<kEarly, kRows>(chunk, v, kept, inverses, gamma_of);
+      if (!kDeep && !kEarly) load_gamma(v);
+      if (!kEarly) work.keep(v, rows, tables[0], gamma_of, kept);
+      work.store(chunk, v, kept, inverses, gamma_of);
     }
     TPF_UNROLL
     for (u32 r = 0; kDeep && r < kRows; ++r) {

@@ -99,19 +99,23 @@ class Variant:
         least = -(-sum(self.groups) // 32)
         return least if least <= 2 else 8
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether lanes of the block kernel exchange the halves of pairs of several rows."""
+        return self.turn == "halves" and self.rows > 1 and not self.partner
+
     def deep(self, arch: str) -> bool:
-        """Whether the block kernel has the registers to work ahead. With angles for lanes that exchange the halves of
-        pairs, several rows have not: NVRTC 13.0 and 13.4 spill 4 to 20 bytes in 72."""
-        exchanges = self.turn == "halves" and not self.partner
-        least = DEEP_REGISTERS_ELSEWHERE if exchanges else DEEP_REGISTERS.get(arch, DEEP_REGISTERS_ELSEWHERE)
+        """Whether the block kernel has the registers to work ahead."""
+        fits = not self.exchanges and self.partner != 16  # these spill 4 to 32 bytes in 72 registers
+        least = DEEP_REGISTERS.get(arch, DEEP_REGISTERS_ELSEWHERE) if fits else DEEP_REGISTERS_ELSEWHERE
         needed = 0 if self.rows == 1 else least
         return self.aligned and sum(self.groups) <= 16 and self.register_budget(arch) >= needed
 
     @property
-    def early(self) -> int:
-        """Rows that the block kernel turns before their sums have arrived, at 8 registers a row and group: all or none.
-        Turning some early reads gamma twice, and takes no fewer registers."""
-        return 0 if self.turn == "none" or self.vectors > 2 else self.rows
+    def early(self) -> bool:
+        """Whether the block kernel turns rows before their sums have arrived, at 8 registers a row and group. Several
+        rows fit only where lanes have pairs; else NVRTC spills 40 bytes in 72 registers."""
+        return self.turn != "none" and self.vectors <= 2 and (self.partner > 0 or self.rows == 1)
 
     @property
     def threads(self) -> int:
@@ -127,7 +131,7 @@ class Variant:
 
     def budgeted(self, arch: str) -> int:
         """Blocks on a multiprocessor that the registers allow; rows of any alignment take more of them, and rotated
-        rows, too, on every architecture but sm_90a."""
+        rows, too, on every architecture but sm_90a: most where lanes exchange halves."""
         turned = self.turn != "none"
         if self.few:
             return 1
@@ -135,7 +139,8 @@ class Variant:
             spare = 0 if not turned else 2 if arch != "sm_90a" else 0 if self.aligned else 1
             return ROW_RESIDENT - spare
         if self.aligned:
-            return self.resident - (turned and arch != "sm_90a" and self.resident > 1)
+            spare = 0 if not turned or arch == "sm_90a" else 2 if self.exchanges else 1
+            return max(1, self.resident - spare)
         return max(1, self.resident // 2)
 
     def register_budget(self, arch: str) -> int:
@@ -149,7 +154,7 @@ class Variant:
             groups = [*self.groups, 0][:2]
             template = (kind, self.world, *groups, aligned, ROW_WARPS, self.budgeted(arch), str(self.few).lower(), turn)
             return f"tpfuse::norm_by_row<{', '.join(map(str, template))}>"
-        deep, last = str(self.deep(arch)).lower(), (turn, self.early, self.partner)
+        deep, last = str(self.deep(arch)).lower(), (turn, str(self.early).lower(), self.partner)
         template = (kind, len(self.groups), self.world, self.vectors, self.rows, deep, aligned)
         return f"tpfuse::norm_by_block<{', '.join(map(str, (*template, self.threads, self.budgeted(arch), *last)))}>"
 
