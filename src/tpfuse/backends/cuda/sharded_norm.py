@@ -105,10 +105,12 @@ class Variant:
         return self.turn == "halves" and self.rows > 1 and not self.partner
 
     def deep(self, arch: str) -> bool:
-        """Whether the block kernel has the registers to work ahead."""
-        fits = not self.exchanges and self.partner != 16  # these spill 4 to 32 bytes in 72 registers
-        least = DEEP_REGISTERS.get(arch, DEEP_REGISTERS_ELSEWHERE) if fits else DEEP_REGISTERS_ELSEWHERE
-        needed = 0 if self.rows == 1 else least
+        """Whether the block kernel has the registers to work ahead. Lanes that exchange have not, and with 16 lanes
+        between halves not in 72: NVRTC spills 4 to 32 bytes."""
+        if self.exchanges:
+            return False
+        tight = DEEP_REGISTERS_ELSEWHERE if self.partner == 16 else DEEP_REGISTERS.get(arch, DEEP_REGISTERS_ELSEWHERE)
+        needed = 0 if self.rows == 1 else tight
         return self.aligned and sum(self.groups) <= 16 and self.register_budget(arch) >= needed
 
     @property
