@@ -22,6 +22,7 @@ from tpfuse.backends.cuda.sharded_norm import ShardedNorm
 from tpfuse.plan import Plan, slot_bytes
 
 WORLD, STREAM = 4, 7
+H200 = {"MULTIPROCESSOR_COUNT": 132, "COMPUTE_CAPABILITY_MAJOR": 9, "L2_CACHE_SIZE": 60 << 20}
 BF16 = torch.bfloat16
 
 
@@ -53,7 +54,7 @@ def comm(alone: Communicator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Commu
     """A communicator whose calls launch stand-ins for the kernels of rank 0 of 4."""
     for module in (sharded_norm, all_reduce):
         monkeypatch.setattr(module, "arch_of", lambda _: "sm_90a")
-        monkeypatch.setattr(module, "attribute", lambda _, name: 132 if name == "MULTIPROCESSOR_COUNT" else 9)
+        monkeypatch.setattr(module, "attribute", lambda _, name: H200[name])
         monkeypatch.setattr(module, "compile_kernel", lambda _, name, arch: name)
         monkeypatch.setattr(module, "load", lambda made, _: made)
         monkeypatch.setattr(module, "Launcher", Launcher)
@@ -110,6 +111,7 @@ def test_arguments_of_a_qk_norm(comm: Communicator) -> None:
     numbers = (single(1e-5), single(1e-6), 1.0 / 6144, 1.0 / 1024, 1.0)
     assert values == (
         *(t.data_ptr() for t in tensors), 2048, 2048, 1544, 256, 5, 1536, 256, 0, 1, *map(single, numbers), 128, 64,
+        9, 1,
     )  # fmt: skip
 
 
@@ -119,8 +121,20 @@ def test_arguments_of_an_rms_norm(comm: Communicator) -> None:
     at = [t.data_ptr() for t in (x, x, out, out, gamma, gamma)]
     assert values == (
         *at, 0, 0, 0, *[512] * 4, 3, 512, 512, 2, 2, *map(single, (1e-5, 1e-5, 1 / 2048, 1 / 2048, 0.0)), 1, 0,
+        0, 1,
     )  # fmt: skip
     assert "norm_by_row<float, 4, 2, 0, true" in launcher.name
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "asks"),
+    [(16, BF16, 1), (17, BF16, 0), (4096, BF16, 0), (8192, BF16, 1), (4096, torch.float32, 1)],
+)
+def test_rows_that_the_l2_has_are_not_asked_for(comm: Communicator, rows: int, dtype: torch.dtype, asks: int) -> None:
+    """But for a few, see PREFETCH_ROWS: those of 14 MB and more than a third of 60 MB."""
+    q, k = torch.zeros(rows, 1536, dtype=dtype), torch.zeros(rows, 256, dtype=dtype)
+    ((_, _, values),) = launches(comm.qk_rms_norm, q, k, torch.ones(1536), torch.ones(256))
+    assert values[-1] == asks
 
 
 @pytest.mark.parametrize("own_rows", [False, True])

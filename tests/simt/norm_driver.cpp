@@ -97,7 +97,7 @@ void by_row() {
                         norm_by_row<T, W, kGroups0, kGroups1, kAligned, kWarps, 1, kFew, kTurn>});
 }
 template <class T, u32 W, u32 kTensors, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, Turn kTurn = Turn::none,
-          bool kEarly = false, u32 kPartner = 0>
+          u32 kPartner = 0>
 void by_block() {
   if constexpr (NORM_KINDS & 2)
     variants.push_back({Kind::block,
@@ -112,8 +112,7 @@ void by_block() {
                         kVectors,
                         kRows,
                         kPartner,
-                        norm_by_block<T, kTensors, W, kVectors, kRows, kDeep, kAligned, 1024, 1, kTurn, kEarly,
-                                      kPartner>});
+                        norm_by_block<T, kTensors, W, kVectors, kRows, kDeep, kAligned, 1024, 1, kTurn, kPartner>});
 }
 
 // What every type has in every world, and one of two sets of further ones.
@@ -123,8 +122,8 @@ void variants_of() {
     by_row<T, W, 6, 1, true, 2, false>();
     by_block<T, W, 2, 1, 4, true, true>();
   } else {
-    by_block<T, W, 2, 1, 4, true, true, Turn::halves, true>();
-    by_block<T, W, 2, 1, 4, true, true, Turn::halves, true, 4>();
+    by_block<T, W, 2, 1, 1, true, true, Turn::halves>();
+    by_block<T, W, 2, 1, 4, true, true, Turn::halves, 4>();
   }
   if constexpr (NORM_FEW < 2) {
     by_row<T, W, 3, 0, kOther, 3, true>();
@@ -134,20 +133,20 @@ void variants_of() {
     by_row<T, W, 2, 2, false, 1, true>();
     by_row<T, W, 6, 1, true, 4, true, Turn::halves>();
     by_block<T, W, 2, 8, 1, false, true>();
-    by_block<T, W, 2, 1, 4, true, true, Turn::neighbours, true>();
-    by_block<T, W, 2, 2, 1, false, false, Turn::halves, true>();
-    by_block<T, W, 2, 1, 4, true, true, Turn::halves, true, 4>();
-    by_block<T, W, 2, 1, 2, false, true, Turn::halves, true, 16>();
-    by_block<T, W, 2, 2, 2, true, false, Turn::halves, false, 2>();
+    by_block<T, W, 2, 1, 4, true, true, Turn::neighbours>();
+    by_block<T, W, 2, 2, 1, false, false, Turn::halves>();
+    by_block<T, W, 2, 1, 4, true, true, Turn::halves, 4>();
+    by_block<T, W, 2, 1, 2, false, true, Turn::halves, 16>();
+    by_block<T, W, 2, 2, 2, true, false, Turn::halves, 2>();
   }
   if constexpr (NORM_FEW < 2 && !kOther) {
     by_row<T, W, 9, 1, true, 4, true>();
     by_row<T, W, 4, 4, false, 2, false, Turn::neighbours>();
     by_block<T, W, 2, 2, 4, false, false>();
     by_block<T, W, 2, 1, 4, false, true, Turn::halves>();
-    by_block<T, W, 2, 1, 4, true, true, Turn::halves, true, 8>();
-    by_block<T, W, 2, 1, 4, false, true, Turn::halves, true, 16>();
-    by_block<T, W, 2, 1, 2, true, true, Turn::halves, true, 4>();
+    by_block<T, W, 2, 1, 4, true, true, Turn::halves, 8>();
+    by_block<T, W, 2, 1, 4, false, true, Turn::halves, 16>();
+    by_block<T, W, 2, 1, 2, true, true, Turn::halves, 4>();
     by_block<T, W, 2, 8, 1, false, true, Turn::neighbours>();
     by_block<T, W, 1, 1, 4, true, true>();
   }
@@ -642,10 +641,12 @@ class Sequence {
       a.op = kOp;
       a.rows = call.rows;
       a.bias = call.bias;
+      a.prefetches = call.rows % 2;
       if (v.turn != Turn::none) {
         auto address = [&](size_t array) { return reinterpret_cast<u64>(arrays_[array].memory[rank]); };
         a.head_dim = call.head_dim;
         a.rotary_dim = call.rotary_dim;
+        a.known_positions = u32(arrays_[call.cosines].count / (call.rotary_dim / 2));
         a.cosines = address(call.cosines);
         a.sines = address(call.sines);
         a.positions = address(call.positions);

@@ -22,16 +22,18 @@
 //   GPU at once.
 //   Every spin is bounded by the device clock. Who gives up writes the error record and leaves.
 //
-// A rotation (RoPE) is linear, and a row's factor is one number for a tensor: so rows are multiplied by gamma and turned
-// while the sums are under way, in fp32, and after the arrival only one product an element is left. norm_by_block does so
-// where it has the registers (kEarly), by angles that it has loaded a step ahead, and otherwise turns after the arrival.
+// A rotation (RoPE) is linear, and a row's factor is one number for a tensor: so a single row is multiplied by gamma and
+// turned while the sums are under way, in fp32, and after the arrival only one product an element is left. norm_by_block
+// turns several rows after the arrival: other blocks' exchanges hide that, and turned early their fp32 takes twice the
+// registers (38.8 us against 41.0 at 16384 rows).
 //
 // The halves of a pair lie in two lanes, l and l ^ kPartner. With several rows a step norm_by_block does not exchange them:
 // each of the two lanes takes both halves, of one half of the rows (Slots). What bounds a turned row there is the pipe that
 // serves shuffles and shared memory. Of it an exchange takes, for each row and group, 8 shuffles, 4 vectors of angles and a
 // vector of gamma in conflict with itself, by count 32 cycles; without, 2 vectors of angles and 1 of gamma, 12 cycles. A
 // level of the fold becomes an addition in the lane. Loads and stores of a warp are runs of kPartner vectors, which have to
-// be whole sectors of 32 bytes: so not for kPartner 1. Compiled and emulated; it has not yet run on GPUs.
+// be whole sectors of 32 bytes: so not for kPartner 1. 46.4 us became 42.3 at 16384 rows, and the norm alone, which got the
+// same fold, 33.6 of 34.3. With 3 blocks a multiprocessor instead of 4 rotated rows take 42.7, with 5 (spilling) 52.3.
 //
 // Tried on 4x H200 and dropped (docs/qk-norm-performance.md has the figures):
 //   a warp for each group of 256 elements, each sending its own packet: not faster at one row, and 1.5x to 2x slower from
@@ -44,12 +46,17 @@
 //   one chunk a block and no loop: 38 to 71 us at 16384 rows, every block pays the exchange;
 //   norm_by_row with 2 or 8 warps a block: 0.3 to 1 us slower at few rows;
 //   its gamma into shared memory after the push: 0.3 to 0.5 us slower from 1024 rows on where rows are turned;
-//   a prefetch of the peer's slot: 2 to 125 us slower.
+//   a prefetch of the peer's slot: 2 to 125 us slower;
+//   in norm_by_block a prefetch of the step after the next, in the loop or before it: 0.6 to 1.1 us slower at 16384 rows
+//   than that of the first step alone.
 //
 // Order under programmatic dependent launch: gamma is a weight and is loaded before the wait; activations and the
 // counters only after it. The trigger comes first of all: the next grid may take its place early, but it waits for the end
-// of this one before it reads anything but weights. What norm_by_row will read it asks into the L2 before the wait: a
-// prefetch reads nothing, and the L2 is where a writer's stores meet it.
+// of this one before it acts on anything but weights. What norm_by_row will read it asks into the L2 before the wait: a
+// prefetch reads nothing, and the L2 is where a writer's stores meet it. So does norm_by_block for its first step where the
+// host says so (prefetches): rows that are not in the L2 yet gain up to 10% (33.4 us to 31.8 at 16384 rows), but rows that
+// are there lose up to 9%. Which angles a row needs its position says, which is read before the wait for their prefetch
+// alone, and again behind it: cold 2.35 us instead of 2.64 at one row.
 //
 // What one row costs is a chain of steps that all ranks wait for, so in norm_by_row all that can be done before the wait,
 // or while packets are under way, is done there, and pinned: the compiler would move it to its use, behind the arrival.
@@ -98,7 +105,9 @@ struct NormArgs {
   float reciprocal[2];  // 1 / (width * W)
   float bias;           // added to gamma
   u32 head_dim, rotary_dim;     // of the rotation, if there is one; head_dim is a power of two
-  u64 cosines, sines;           // fp32 [positions, rotary_dim / 2]
+  u32 known_positions;          // rows of the tables
+  u32 prefetches;               // norm_by_block asks for rows ahead
+  u64 cosines, sines;           // fp32 [known_positions, rotary_dim / 2]
   u64 positions;                // i64 [rows]
 };
 
@@ -262,6 +271,18 @@ class Rotation {
     if constexpr (kTurn == Turn::none) return 0;
     if (row >= a.rows) return 0;
     return load_global(reinterpret_cast<const Vec8*>(a.positions) + row).w[0] * (a.rotary_dim / 8);
+  }
+  // Asks for the row's angles to come into the L2, one lane for each of their sectors, before the wait for earlier grids.
+  // One of these may yet write the position. Then others are asked for, which nobody looks at; so the position may be any
+  // number here.
+  TPF_DEVICE static void prefetch_angles(const NormArgs& a, u32 row) {
+    if constexpr (kTurn == Turn::none) return;
+    if (row >= a.rows) return;
+    u64 position = load_system(reinterpret_cast<const u64*>(a.positions) + row);
+    u32 bytes = a.rotary_dim * 2, sectors = (bytes + 31) / 32;  // of a table's row
+    if (position >= a.known_positions || lane() >= 2 * sectors) return;
+    u64 table = lane() < sectors ? a.cosines : a.sines;
+    prefetch(reinterpret_cast<const void*>(table + position * bytes + lane() % sectors * 32));
   }
   TPF_DEVICE static Vec16 vector_of(u64 table, u32 begin, u32 vector) {
     return load_global(reinterpret_cast<const Vec16*>(table) + (begin + vector));
@@ -571,6 +592,7 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
     prefetch(reinterpret_cast<const void*>(counter));
     TPF_UNROLL
     for (u32 i = 0; i < kRowRing; ++i) prefetch(reinterpret_cast<const void*>(inbox + row_slot(i)));
+    Rotation<kTurn, false>::prefetch_angles(a, row);
   }
   if (!kFew) barrier();
 
@@ -757,6 +779,23 @@ struct BlockStep {
     }
   }
 
+  // Asks for a step's rows to come into the L2, one lane for each of their sectors.
+  TPF_DEVICE void prefetch_rows(u32 chunk) const {
+    constexpr u32 kSector = 32 / sizeof(T) / kLaneElements;  // lanes
+    TPF_UNROLL
+    for (u32 v = 0; v < kVectors; ++v) {
+      bool k = tensor(v) == 1;
+      const T* x = reinterpret_cast<const T*>(k ? a.x[1] : a.x[0]) + at(v, lane());
+      i64 stride = k ? a.x_stride[1] : a.x_stride[0];
+      bool asks = lane() % kSector == 0 && at(v, lane()) < (k ? a.width[1] : a.width[0]);
+      TPF_UNROLL
+      for (u32 r = 0; r < kRows; ++r) {
+        u32 row = first_row(chunk) + r;
+        if (asks && row < a.rows) prefetch(x + row * stride);
+      }
+    }
+  }
+
   TPF_DEVICE void load_gamma(u32 v, u32 place, float (&gamma)[8]) const {
     widen_gamma(a, tensor(v), tpfuse::load_gamma<kAligned>(a, tensor(v), at(v, place)), gamma);
   }
@@ -898,16 +937,16 @@ struct BlockStep {
 // Block: 32 threads for every kVectors groups of both tensors. Grid: at most kBlockBlocks.
 // kDeep: the next rows are loaded while this chunk's sums are exchanged, and gamma stays in registers, or in shared
 // memory where rows are turned. Wide rows have no registers for either, and on some architectures several rows have none.
-// kEarly: rows are turned while their sums are exchanged, or else when they are stored. Turned rows are fp32, twice the
-// registers of 16-bit ones. kPartner: 0, or of Turn::halves rotary_dim / 16, where that is 2, 4, 8 or 16 and kRows is even.
-// Peers can't tell any of this.
+// kPartner: 0, or of Turn::halves rotary_dim / 16, where that is 2, 4, 8 or 16 and kRows is even. Peers can't tell any of
+// this.
 template <class T, u32 kTensors, u32 W, u32 kVectors, u32 kRows, bool kDeep, bool kAligned, u32 kThreads, u32 kResident,
-          Turn kTurn = Turn::none, bool kEarly = false, u32 kPartner = 0>
+          Turn kTurn = Turn::none, u32 kPartner = 0>
 TPF_KERNEL(kThreads, kResident)
 void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   using Step = BlockStep<T, kTensors, W, kVectors, kRows, kAligned, kThreads / kWarp, kTurn, kPartner>;
   using Mine = typename Step::Mine;
-  static_assert(!kEarly || kTurn != Turn::none);
+  // Whether a row is turned while its sums are exchanged, or else when it is stored.
+  constexpr bool kEarly = kTurn != Turn::none && kRows == 1 && kVectors <= 2;
   constexpr u32 kTables = kEarly ? 2 : 1;  // of the steps that take turns with them
   using Tables = typename Step::Tables[kTables];
   constexpr bool kSharesGamma = kDeep && kTurn != Turn::none;
@@ -948,10 +987,15 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   TPF_UNROLL
   for (u32 v = 0; kDeep && v < kVectors; ++v) load_gamma(v);
   if (thread_index() == 0) failed = 0;
+  u32* counter = reinterpret_cast<u32*>(workspace_of<W>(a, a.rank) + NormSlots::block_counters) + block_index();
+  if (kDeep && a.prefetches) {  // elsewhere NVRTC has no registers left for the addresses
+    prefetch(counter);
+    work.prefetch_rows(block_index());
+    if (kRows == 1 && warp_index() == 0) Step::Angles::prefetch_angles(a, block_index());
+  }
 
   dependency_trigger();
   dependency_wait();
-  u32* counter = reinterpret_cast<u32*>(workspace_of<W>(a, a.rank) + NormSlots::block_counters) + block_index();
   u32 step = kEarly || warp_index() == 0 ? load_global(counter) : 0;
   u32 chunks = (a.rows + kRows - 1) / kRows;
   typename Step::Rows rows, loading;
