@@ -1,0 +1,211 @@
+"""What an engine of vLLM goes through with tpfuse in it, on GPUs, and whether its greedy tokens stay the same.
+
+    python benchmarks/vllm_lifecycle.py --bench PATH/bench_vllm.py --out lifecycle --layers 2 --tp 4
+
+RUNS says what there is, --only names some of them. Each is a process of its own; OUT/RUN.json keeps its tokens and
+OUT/RUN.log what it said, and a run whose tokens are there is not repeated. `engines` are two in turn in the same worker
+processes. `tpfuse raises` has a Communicator that can't be made. bench_vllm.py is what vllm_tokens.py takes, with
+nemotron_config() besides.
+
+The weights are random, so there is no file to load after sleep of level 2: workers fill them as they did at the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vllm_tokens import HERE, load_bench, parting
+
+REQUESTS, INPUT, OUTPUT = 10, 256, 64
+Answers = list[list[int]]  # the tokens of all requests
+RAISES = """
+from tpfuse.communicator import Communicator
+from tpfuse.integrations.vllm import register
+
+def raises(*_, **__):
+    raise RuntimeError("mocked out")
+
+Communicator.__init__ = raises
+"""
+
+
+class Engine:
+    """One of vLLM, and its prompts."""
+
+    def __init__(self, arguments: dict[str, Any], vocabulary: int) -> None:
+        self.arguments, tokens = arguments, random.Random(0)
+        rows = [[tokens.randrange(10, vocabulary - 100) for _ in range(INPUT)] for _ in range(REQUESTS)]
+        self.prompts = [{"prompt_token_ids": row} for row in rows]
+        self.begin()
+
+    def begin(self) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(**self.arguments)
+
+    def end(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def ask(self, prompts: list[Any]) -> Answers:
+        from vllm import SamplingParams
+
+        greedy = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True, detokenize=False)
+        outputs = self.llm.generate(prompts, greedy, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+# Jobs yield what was done, and the answers then.
+
+
+def serve(engine: Engine) -> Iterator[tuple[str, Answers]]:
+    yield "served", engine.ask(engine.prompts)
+
+
+def sleep(engine: Engine) -> Iterator[tuple[str, Answers]]:
+    yield from serve(engine)
+    for level in (1, 2):
+        engine.llm.sleep(level)
+        engine.llm.wake_up()
+        if level == 2:
+            engine.llm.collective_rpc(fill)
+        yield f"after sleep of level {level}", engine.ask(engine.prompts)
+
+
+def engines(engine: Engine) -> Iterator[tuple[str, Answers]]:
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    yield from serve(engine)
+    engine.end()
+    cleanup_dist_env_and_memory()
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    engine.begin()
+    yield "the next engine", engine.ask(engine.prompts)
+
+
+def alone(engine: Engine) -> Iterator[tuple[str, Answers]]:
+    yield from serve(engine)
+    yield "one by one", [engine.ask([prompt])[0] for prompt in engine.prompts]
+
+
+def fill(worker: Any) -> None:
+    """In a worker: random weights, the same as at the start."""
+    from vllm.model_executor.model_loader import get_model_loader
+
+    runner = worker.model_runner
+    get_model_loader(runner.load_config).load_weights(runner.model, runner.model_config)
+
+
+class Run(NamedTuple):
+    """mode: of tpfuse; "" where it is not even there. more: what bench_vllm.py is told besides. like: whose answers to
+    compare with."""
+
+    mode: str
+    job: Callable[[Engine], Iterator[tuple[str, Answers]]] = serve
+    more: tuple[str, ...] = ()
+    like: str = ""
+    invariant: bool = False
+
+
+HYBRID = ("--nemotron", "MEM*EMEM")
+RUNS = {
+    "stock": Run(""),
+    "tpfuse raises": Run("fused", like="stock"),
+    "sleep": Run("fused", sleep, ("--engine", '{"enable_sleep_mode": true}'), "stock"),
+    "engines": Run("fused", engines, ("--engine", '{"distributed_executor_backend": "external_launcher"}'), "sleep"),
+    "batch-invariant, stock": Run("", alone, invariant=True),
+    "batch-invariant": Run("fused", alone, invariant=True),
+    "batch-invariant, +rms_norm": Run("fused", alone, ("--compilation", '{"custom_ops": ["+rms_norm"]}'), "", True),
+    "TP2 x PP2": Run("fused", more=("--tp", "2", "--engine", '{"pipeline_parallel_size": 2}')),
+    "Nemotron-H, stock": Run("", more=HYBRID),
+    "Nemotron-H": Run("fused", more=HYBRID, like="Nemotron-H, stock"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", type=Path, required=True, help="bench_vllm.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder of tokens and logs")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tp", type=int, default=4)
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="the runs; default: all")
+    parser.add_argument("--at-once", type=int, default=1, help="runs at the same time; vLLM must find memory for them")
+    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)  # a process of one run
+    given = parser.parse_args()
+    if given.run:
+        go_through(given, given.run, RUNS[given.run])
+        return 0
+    given.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(given.at_once) as pool:
+        done = dict(zip(given.only, pool.map(lambda name: outcome(given, name), given.only), strict=True))
+    for name in given.only:
+        print("\n".join(report(given, name, done)), flush=True)
+    return not all(done.values())
+
+
+def outcome(given: argparse.Namespace, name: str) -> dict[str, Answers]:
+    """What a run brought; nothing if it failed."""
+    file, command = given.out / f"{name}.json", [sys.executable, __file__, *sys.argv[1:], "--run", name]
+    if not file.exists():
+        ranks = [{"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(given.tp)] if name == "engines" else [{}]
+        with file.with_suffix(".log").open("w") as log:
+            processes = [subprocess.Popen(command, env=os.environ | rank, stdout=log, stderr=log) for rank in ranks]
+            for process in processes:
+                process.wait()
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def report(given: argparse.Namespace, name: str, done: dict[str, dict[str, Answers]]) -> Iterator[str]:
+    lines = (given.out / f"{name}.log").read_text(errors="replace").splitlines()
+    said = [line.partition("tpfuse, ")[2] for line in lines if "tpfuse, rank 0 of" in line]
+    yield f"{name}: {said[-1] if said else 'without tpfuse'}"
+    base = RUNS[name].like
+    tokens = done.get(base, {}).get("served")
+    for what, found in done[name].items():
+        if tokens:
+            parted = [at for ours, theirs in zip(found, tokens, strict=True) if (at := parting(ours, theirs))]
+            where = f", the others part at token {min(parted)} or later" if parted else ""
+            yield f"    {what}: {len(found) - len(parted)} of {len(found)} requests as {base}{where}"
+        base, tokens = "served", done[name]["served"]
+    if not done[name]:
+        yield "    no answers: it failed, or was cut short"
+
+
+def go_through(given: argparse.Namespace, name: str, run: Run) -> None:
+    """The process of a run, or one of its ranks."""
+    bench = load_bench(given.bench)
+    sources = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {"TPFUSE_VLLM": run.mode or "off", "PYTHONPATH": os.pathsep.join(filter(None, sources))}
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_BATCH_INVARIANT": str(int(run.invariant))}
+    sys.path.insert(0, sources[0])
+    with tempfile.TemporaryDirectory() as folder:
+        hook = HERE / "vllm_hook.py"
+        if name == "tpfuse raises":
+            hook = Path(folder, "raises.py")
+            hook.write_text(RAISES)
+        shape = ("--layers", str(given.layers), "--tp", str(given.tp), "--concurrency", f"1,{REQUESTS}")
+        sys.argv = [str(given.bench), *shape, *(("--hook", str(hook)) if run.mode else ()), *run.more]
+        asked = bench.parse()
+        bench.set_env(asked)
+        if run.job is engines:
+            os.environ |= {"WORLD_SIZE": str(given.tp), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+        config = bench.nemotron_config(asked.nemotron) if asked.nemotron else bench.minimax_config(given.layers)
+        Path(folder, "config.json").write_text(json.dumps(config))
+        engine = Engine(bench.engine_args(asked, folder, [1, REQUESTS]), config["vocab_size"])
+        answers = dict(run.job(engine))
+        engine.end()
+        if os.environ.get("RANK", "0") == "0":
+            Path(given.out, f"{name}.json").write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""benchmarks/vllm_lifecycle.py with stand-ins for vLLM and for the script that brings its environment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "vllm_lifecycle.py"
+BENCH = """
+import argparse, sys
+from pathlib import Path
+
+def parse():
+    known = argparse.ArgumentParser()
+    for name in ("hook", "engine", "compilation", "nemotron"):
+        known.add_argument(f"--{name}", default="")
+    return known.parse_known_args()[0]
+
+def set_env(asked):
+    sys.path.insert(0, str(Path(__file__).parent / "site"))
+
+def minimax_config(layers):
+    return {"vocab_size": 1000}
+
+nemotron_config = minimax_config
+
+def engine_args(asked, folder, concurrency):
+    return {"asked": asked, "hook": Path(asked.hook).read_text() if asked.hook else ""}
+"""
+VLLM = """
+from types import SimpleNamespace as S
+
+SamplingParams = S
+
+class LLM:
+    llm_engine = S(engine_core=S(shutdown=lambda: None))
+
+    def __init__(self, asked, hook):
+        self.asked, self.slept = asked, 0
+        if hook:
+            print("INFO tpfuse, rank 0 of 4: effective", "off" if "mocked out" in hook else "fused")
+        if BROKEN in asked.nemotron:
+            raise RuntimeError("no such model")
+
+    def sleep(self, level):
+        self.slept = level
+
+    def wake_up(self):
+        pass
+
+    def collective_rpc(self, what):
+        assert what.__name__ == "fill" and self.slept == 2
+
+    def generate(self, prompts, sampling, use_tqdm):
+        found = [[sum(p["prompt_token_ids"]) + i for i in range(sampling.max_tokens)] for p in prompts]
+        if self.slept == 1:
+            found[3][7] = 0
+        return [S(outputs=[S(token_ids=tokens)]) for tokens in found]
+"""
+
+
+@pytest.fixture
+def lifecycle(tmp_path):
+    def run(broken: str) -> subprocess.CompletedProcess[str]:
+        groups = tmp_path / "site" / "vllm" / "distributed" / "parallel_state.py"
+        groups.parent.mkdir(parents=True)
+        groups.write_text("cleanup_dist_env_and_memory = int")
+        (tmp_path / "bench_vllm.py").write_text(BENCH)
+        (tmp_path / "site" / "vllm" / "__init__.py").write_text(VLLM.replace("BROKEN", repr(broken)))
+        command = [sys.executable, SCRIPT, "--bench", tmp_path / "bench_vllm.py", "--out", tmp_path / "out"]
+        return subprocess.run([*command, "--at-once", "3"], capture_output=True, text=True, timeout=120, check=False)
+
+    return run
+
+
+def test_what_stays_the_same_and_what_does_not(lifecycle):
+    done = lifecycle("none")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert "stock: without tpfuse" in lines
+    assert "tpfuse raises: rank 0 of 4: effective off" in lines
+    assert "sleep: rank 0 of 4: effective fused" in lines
+    assert "served: 10 of 10 requests as stock" in lines
+    assert "after sleep of level 1: 9 of 10 requests as served, the others part at token 8 or later" in lines
+    assert "after sleep of level 2: 10 of 10 requests as served" in lines
+    assert "the next engine: 10 of 10 requests as served" in lines
+    assert "one by one: 10 of 10 requests as served" in lines
+
+
+def test_a_run_that_fails_is_told(lifecycle):
+    done = lifecycle("MEM*")
+    assert done.returncode == 1
+    assert "Nemotron-H: rank 0 of 4: effective fused\n    no answers" in done.stdout
