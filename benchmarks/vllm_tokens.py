@@ -8,6 +8,8 @@ said; a run whose file is there is not repeated, so that a command that was cut 
 Runs: `stock`; `stock, NCCL`, where vLLM's all-reduce is NCCL's, not its own; `control`; `fused`. Sums of another order
 round differently, and greedy tokens part where two are nearly as likely. So `stock` against `stock, NCCL` is the noise
 floor that `stock` against `fused` is to be read beside. `control` has vLLM's kernels and should not differ at all.
+|log p| is how far apart two runs are in the log probability of the most likely token, up to where a request parts.
+vllm_weights.py gives each rank weights of its own: with equal ones every order of a sum is exact.
 
 bench_vllm.py, which is given by its path, brings the environment and the model: parse(), set_env(), engine_args() and
 minimax_config(). The engine's core runs in the process of the run, which admits all requests before its first step:
@@ -27,9 +29,10 @@ import time
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
+WEIGHTS, HOOK = HERE / "vllm_weights.py", HERE / "vllm_hook.py"
 # run: TPFUSE_VLLM, whether tpfuse is hooked in, what bench_vllm.py is told besides
 RUNS = {
     "stock": ("off", False, ()),
@@ -38,7 +41,16 @@ RUNS = {
     "fused": ("fused", True, ()),
 }
 COMPARISONS = (("stock", "stock, NCCL"), ("stock", "control"), ("stock", "fused"), ("control", "fused"))
-Tokens = dict[str, list[list[int]]]  # by concurrency, of each request
+
+
+class Answer(NamedTuple):
+    """Of a request: its tokens, and the log probability of each."""
+
+    tokens: list[int]
+    log_p: list[float]
+
+
+Answers = dict[str, list[Answer]]  # by concurrency
 
 
 def main() -> int:
@@ -83,28 +95,30 @@ def done(given: argparse.Namespace, run: str) -> bool:
     return tokens.exists() and hooked == any(f"effective {mode}" in line for line in said)
 
 
-def load(given: argparse.Namespace, run: str) -> Tokens:
+def load(given: argparse.Namespace, run: str) -> Answers:
     found: dict[str, Any] = json.loads(path_of(given, run, "json").read_text())
     if found["settings"] != settings(given):
         raise SystemExit(f"{path_of(given, run, 'json')} is of {found['settings']}, not {settings(given)}; delete it.")
-    tokens: Tokens = found["tokens"]
-    return tokens
+    return {n: [Answer(*answer) for answer in answers] for n, answers in found["answers"].items()}
 
 
 def settings(given: argparse.Namespace) -> list[Any]:
     return [given.layers, given.tp, given.concurrency, given.input_len, given.output_len]
 
 
-def table(runs: dict[str, Tokens]) -> str:
-    """Of each comparison and concurrency: how many requests have equal tokens, and where the others part."""
-    rows = [("", "requests at once", "equal", "first difference", "median")]
+def table(runs: dict[str, Answers]) -> str:
+    """Of each comparison and concurrency: how many requests have equal tokens, where the others part, and how far apart
+    they are."""
+    rows = [("", "requests at once", "equal", "first difference", "median", "|log p| median", "largest")]
     for one, other in COMPARISONS:
         if one in runs and other in runs:
             for concurrency, ours in runs[one].items():
-                parted = [at for a, b in zip(ours, runs[other][concurrency], strict=True) if (at := parting(a, b))]
+                pairs = list(zip(ours, runs[other][concurrency], strict=True))
+                parted = [at for a, b in pairs if (at := parting(a.tokens, b.tokens))]
                 equal = f"{len(ours) - len(parted)} of {len(ours)}"
                 where = (str(min(parted)), f"{median(parted):g}") if parted else ("-", "-")
-                rows.append((f"{one} / {other}", concurrency, equal, *where))
+                far = [distance for a, b in pairs for distance in apart(a, b)]
+                rows.append((f"{one} / {other}", concurrency, equal, *where, f"{median(far):.2g}", f"{max(far):.2g}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -113,6 +127,12 @@ def table(runs: dict[str, Tokens]) -> str:
         )
         for row in rows
     )
+
+
+def apart(a: Answer, b: Answer) -> list[float]:
+    """What two answers are apart in log p, up to their first token that differs: behind it, they are of other texts."""
+    end = parting(a.tokens, b.tokens) or len(a.tokens)
+    return [abs(x - y) for x, y in zip(a.log_p[:end], b.log_p[:end], strict=True)]
 
 
 def parting(a: list[int], b: list[int]) -> int:
@@ -129,7 +149,7 @@ def generate(given: argparse.Namespace) -> None:
     sources = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sources))
     shape = ("--layers", str(given.layers), "--tp", str(given.tp), "--concurrency", given.concurrency)
-    sys.argv = [str(given.bench), *shape, *(("--hook", str(HERE / "vllm_hook.py")) if hooked else ()), *more]
+    sys.argv = [str(given.bench), *shape, "--hook", f"{WEIGHTS}:{HOOK}" if hooked else str(WEIGHTS), *more]
     asked = bench.parse()
     bench.set_env(asked)
     sys.path.insert(0, str(HERE.parent / "src"))
@@ -140,8 +160,10 @@ def generate(given: argparse.Namespace) -> None:
         from vllm import LLM, SamplingParams
 
         llm = LLM(**bench.engine_args(asked, folder, concurrency))
-        greedy = SamplingParams(temperature=0.0, max_tokens=given.output_len, ignore_eos=True, detokenize=False)
-        tokens: Tokens = {}
+        greedy = SamplingParams(
+            temperature=0.0, max_tokens=given.output_len, ignore_eos=True, detokenize=False, logprobs=1
+        )
+        answers: Answers = {}
         for n in concurrency:
             generator = random.Random(n)
             lengths = range(given.input_len)
@@ -149,11 +171,15 @@ def generate(given: argparse.Namespace) -> None:
                 {"prompt_token_ids": [generator.randrange(10, config["vocab_size"] - 100) for _ in lengths]}
                 for _ in range(n)
             ]
-            outputs = llm.generate(prompts, greedy, use_tqdm=False)
-            tokens[str(n)] = [list(output.outputs[0].token_ids) for output in outputs]
+            outputs = [output.outputs[0] for output in llm.generate(prompts, greedy, use_tqdm=False)]
+            answers[str(n)] = [answer_of(list(output.token_ids), output.logprobs) for output in outputs]
         llm.llm_engine.engine_core.shutdown()  # the next run needs the memory of the GPUs
-        written = json.dumps({"settings": settings(given), "tokens": tokens})
+        written = json.dumps({"settings": settings(given), "answers": answers})
         path_of(given, given.run, "json").write_text(written)
+
+
+def answer_of(tokens: list[int], log_p: list[Any]) -> Answer:
+    return Answer(tokens, [likely[token].logprob for token, likely in zip(tokens, log_p, strict=True)])
 
 
 def load_bench(path: Path) -> Any:

@@ -25,7 +25,7 @@ def minimax_config(layers):
     return {"vocab_size": 1000}
 
 def engine_args(asked, folder, concurrency):
-    return {"hooked": bool(asked.hook)}
+    return {"hooked": "vllm_hook.py" in asked.hook, "weights": "vllm_weights.py" in asked.hook}
 """
 VLLM = """
 import os
@@ -37,7 +37,8 @@ SamplingParams = S
 class LLM:
     llm_engine = S(engine_core=S(shutdown=lambda: None))
 
-    def __init__(self, hooked):
+    def __init__(self, hooked, weights):
+        assert weights
         if hooked:
             print(f"INFO tpfuse, rank 0 of 4: requested {mode}, effective EFFECTIVE")
 
@@ -47,7 +48,8 @@ class LLM:
             tokens = [sum(prompt["prompt_token_ids"]) + i for i in range(sampling.max_tokens)]
             if mode == "fused" and n % 3 == 1:
                 tokens[n + 4] = 0
-            found.append(S(outputs=[S(token_ids=tokens)]))
+            log_p = [{token: S(logprob=-0.25 if mode == "fused" else -0.5), -1: None} for token in tokens]
+            found.append(S(outputs=[S(token_ids=tokens, logprobs=log_p)]))
         return found
 """
 
@@ -71,9 +73,10 @@ def test_where_tokens_part(tokens, tmp_path):
     done = tokens("{mode}")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if " / " in line]
-    assert ["stock", "/", "stock,", "NCCL", "10", "10", "of", "10", "-", "-"] in rows
-    assert ["stock", "/", "control", "1", "1", "of", "1", "-", "-"] in rows
-    assert ["stock", "/", "fused", "10", "7", "of", "10", "6", "9"] in rows  # the 6th, 9th and 12th token
+    assert ["stock", "/", "stock,", "NCCL", "10", "10", "of", "10", "-", "-", "0", "0"] in rows
+    assert ["stock", "/", "control", "1", "1", "of", "1", "-", "-", "0", "0"] in rows
+    fused = "10", "7", "of", "10", "6", "9", "0.25", "0.25"  # they part at the 6th, 9th and 12th token
+    assert ["stock", "/", "fused", *fused] in rows
     before = (tmp_path / "out" / "fused.json").stat().st_mtime_ns
     assert tokens("{mode}").returncode == 0
     assert (tmp_path / "out" / "fused.json").stat().st_mtime_ns == before  # not run again
