@@ -26,6 +26,14 @@ def test_without_kernels_it_stays_out_of_vllm(on_ranks):
         assert "TpfusePass" not in found["passes"]
 
 
+def test_pipeline_stages_have_tp_groups_of_their_own(on_ranks):
+    for rank, result in enumerate(on_ranks(4, jobs.pipeline)):
+        first = rank // 2 * 2
+        assert result["ranks"] == [first, first + 1]
+        assert f"rank {rank % 2} of 2" in result["found"]
+        assert (result["total"] == 2 * first + 3).all()
+
+
 def test_the_qk_norm_is_served(on_ranks):
     for result in on_ranks(2, jobs.qk_norm):
         assert "1 of 1 QK norms fused" in result["summary"]

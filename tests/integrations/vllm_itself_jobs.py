@@ -18,7 +18,7 @@ class Worker:
     """A worker of vLLM on this rank of the CPU: its configuration, and its TP group through our plugin. There are no
     kernels here, so the Communicator of `effective` is put in by hand."""
 
-    def __init__(self, rank: Rank, effective: str | None = None) -> None:
+    def __init__(self, rank: Rank, effective: str | None = None, stages: int = 1) -> None:
         os.environ["TPFUSE_VLLM"] = "fused"
         from vllm.config import CompilationConfig, DeviceConfig, VllmConfig, set_current_vllm_config
         from vllm.distributed import parallel_state
@@ -29,6 +29,7 @@ class Worker:
         self.config = VllmConfig(compilation_config=CompilationConfig(), device_config=DeviceConfig(device="cpu"))
         self.context = set_current_vllm_config(self.config)
         self.parallel_state, self.rank, self.effective = parallel_state, rank, effective
+        self.stages = stages
 
     def __enter__(self) -> Worker:
         from tpfuse import Communicator
@@ -37,7 +38,7 @@ class Worker:
 
         self.context.__enter__()
         self.parallel_state.init_distributed_environment(self.rank.world, self.rank.rank, "env://", 0, "gloo")
-        self.parallel_state.ensure_model_parallel_initialized(self.rank.world, 1)
+        self.parallel_state.ensure_model_parallel_initialized(self.rank.world // self.stages, self.stages)
         assert state.current is not None
         self.found = str(state.current)
         if self.effective is not None:
@@ -67,6 +68,14 @@ def stays_out(rank: Rank) -> dict[str, Any]:
             "key": envs.compile_factors()["TPFUSE_VLLM"],
             "passes": [type(pass_).__name__ for pass_ in manager.passes],
         }
+
+
+def pipeline(rank: Rank) -> dict[str, Any]:
+    """Two stages, each with a TP group of its own."""
+    with Worker(rank, "fused", stages=2) as worker:
+        x, gamma = torch.full((2, WIDTH), 1.0 + rank.rank), torch.ones(WIDTH)
+        _, total = torch.ops.tpfuse_vllm.all_reduce_sum_rms_norm(x, gamma, 1e-6, 0.0)
+        return {"ranks": worker.engaged.group.ranks, "found": worker.found, "total": total}
 
 
 def qk_norm(rank: Rank) -> dict[str, Any]:
