@@ -41,6 +41,13 @@ def test_the_qk_norm_is_served(on_ranks):
             torch.testing.assert_close(y, stock)
 
 
+def test_the_function_of_minimax_m3_is_served(on_ranks):
+    for result in on_ranks(2, jobs.boundary_function):
+        assert "1 of 1 all-reduce + norms fused" in result["summary"]
+        for y, expected in zip(result["found"], result["expected"], strict=True):
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_boundaries_are_fused_under_inductor(on_ranks):
     for result in on_ranks(2, jobs.boundaries, "fused"):
         assert result["calls"] == {"all_reduce_rms_norm": 4}

@@ -91,6 +91,40 @@ def qk_norm(rank: Rank) -> dict[str, Any]:
         return {"found": y, "stock": stock, "summary": worker.engaged.summary("left")}
 
 
+def boundary_function(rank: Rank) -> dict[str, Any]:
+    """What MiniMax-M3 calls, through tpfuse; vLLM's own way beside it. Ranks bring rows of very different size."""
+    import sys
+
+    from tpfuse.integrations.vllm import functions
+
+    flashinfer = "vllm.compilation.passes.fusion.allreduce_rms_fusion"
+    sys.modules[flashinfer] = None  # type: ignore[assignment]  it needs kernels; the function goes on without it
+    try:
+        from vllm.model_executor.layers import fused_allreduce_gemma_rms_norm as home
+    finally:
+        del sys.modules[flashinfer]
+
+    class Norm(torch.nn.Module):
+        """Gemma's, as the model has it on GPUs by FlashInfer."""
+
+        weight, variance_epsilon = torch.rand(WIDTH, generator=torch.Generator().manual_seed(0)), 1e-6
+
+        def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            total = x + residual
+            scale = torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+            return total * scale * (self.weight + 1.0), total
+
+    torch.manual_seed(1)
+    residual = torch.randn(5, WIDTH)
+    torch.manual_seed(2 + rank.rank)
+    x, norm = torch.randn(5, WIDTH) * 10.0**rank.rank, Norm()
+    with Worker(rank, "fused") as worker, torch.no_grad():
+        functions.install()
+        found = home.fused_allreduce_gemma_rms_norm(x, residual, norm)
+        expected = home.fused_allreduce_gemma_rms_norm.tpfuse_stock(x.clone(), residual, norm)
+        return {"found": found, "expected": expected, "summary": worker.engaged.summary("left")}
+
+
 def boundaries(rank: Rank, effective: str) -> dict[str, Any]:
     """A model of vLLM's operators, compiled by Inductor with vLLM's pass manager."""
     import vllm.ir
