@@ -5,9 +5,10 @@
 Each run is a process of its own with its own workers. A file OUT/RUN.json keeps its tokens and OUT/RUN.log what it
 said; a run whose file is there is not repeated, so that a command that was cut short goes on. Delete OUT to start anew.
 
-Runs: `stock`; `stock, NCCL`, where vLLM's all-reduce is NCCL's, not its own; `control`; `fused`. Sums of another order
-round differently, and greedy tokens part where two are nearly as likely. So `stock` against `stock, NCCL` is the noise
-floor that `stock` against `fused` is to be read beside. `control` has vLLM's kernels and should not differ at all.
+Runs: `stock`; `stock, again`; `stock, NCCL`, where vLLM's all-reduce is NCCL's, not its own; `control`; `fused`. Sums of
+another order round differently, and greedy tokens part where two are nearly as likely. So `stock` against `stock, NCCL` is
+the noise floor that `stock` against `fused` is to be read beside. `control` has vLLM's kernels and should differ no more
+than `stock, again`.
 |log p| is how far apart two runs are in the log probability of the most likely token, up to where a request parts.
 vllm_weights.py gives each rank weights of its own: with equal ones every order of a sum is exact.
 
@@ -36,11 +37,12 @@ WEIGHTS, HOOK = HERE / "vllm_weights.py", HERE / "vllm_hook.py"
 # run: TPFUSE_VLLM, whether tpfuse is hooked in, what bench_vllm.py is told besides
 RUNS = {
     "stock": ("off", False, ()),
+    "stock, again": ("off", False, ()),
     "stock, NCCL": ("off", False, ("--no-custom-ar",)),
     "control": ("control", True, ()),
     "fused": ("fused", True, ()),
 }
-COMPARISONS = (("stock", "stock, NCCL"), ("stock", "control"), ("stock", "fused"), ("control", "fused"))
+COMPARISONS = (*(("stock", run) for run in RUNS if run != "stock"), ("control", "fused"))
 
 
 class Answer(NamedTuple):

@@ -73,6 +73,7 @@ def test_where_tokens_part(tokens, tmp_path):
     done = tokens("{mode}")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if " / " in line]
+    assert ["stock", "/", "stock,", "again", "10", "10", "of", "10", "-", "-", "0", "0"] in rows
     assert ["stock", "/", "stock,", "NCCL", "10", "10", "of", "10", "-", "-", "0", "0"] in rows
     assert ["stock", "/", "control", "1", "1", "of", "1", "-", "-", "0", "0"] in rows
     fused = "10", "7", "of", "10", "6", "9", "0.25", "0.25"  # they part at the 6th, 9th and 12th token

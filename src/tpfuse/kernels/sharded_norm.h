@@ -55,7 +55,7 @@
 // of this one before it acts on anything but weights. What norm_by_row will read it asks into the L2 before the wait: a
 // prefetch reads nothing, and the L2 is where a writer's stores meet it. So does norm_by_block for its first step where the
 // host says so (prefetches): rows that are not in the L2 yet gain up to 10% (33.4 us to 31.8 at 16384 rows), but rows that
-// are there lose up to 9%. Which angles a row needs its position says, which is read before the wait for their prefetch
+// are there lose up to 15%. Which angles a row needs its position says, which is read before the wait for their prefetch
 // alone, and again behind it: cold 2.35 us instead of 2.64 at one row.
 //
 // What one row costs is a chain of steps that all ranks wait for, so in norm_by_row all that can be done before the wait,

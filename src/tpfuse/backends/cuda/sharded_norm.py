@@ -45,7 +45,7 @@ DEEP_REGISTERS = {"sm_90a": 72}
 DEEP_REGISTERS_ELSEWHERE = 96
 NO_TABLES = (0, 0, 0)  # of a rotation
 # The block kernel asks for its first rows before it waits for earlier grids if they are that few, or take more than a
-# third of the L2: rows that are there already gain nothing, and the requests cost 2 to 9% (4x H200).
+# third of the L2: rows that are there already gain nothing, and the requests cost 2 to 15% (4x H200).
 PREFETCH_ROWS = 16
 GROUP = 256  # elements of a group: 32 lanes of 8
 # Of a half-split rotation of 32, 64, 128 or 256 elements two lanes part the rows. With 16 they would read half sectors.
