@@ -6,9 +6,9 @@ Each run is a process of its own with its own workers. A file OUT/RUN.json keeps
 said; a run whose file is there is not repeated, so that a command that was cut short goes on. Delete OUT to start anew.
 
 Runs: `stock`; `stock, again`; `stock, NCCL`, where vLLM's all-reduce is NCCL's, not its own; `control`; `fused`. Sums
-of another order round differently, and greedy tokens part where two are nearly as likely. So `stock` against `stock,
-NCCL` is the noise floor that `stock` against `fused` is to be read beside. `control` has vLLM's kernels and should differ
-no more than `stock, again`.
+of another order round differently, and greedy tokens part where two are nearly as likely. So `stock` against
+`stock, NCCL` is the noise floor that `stock` against `fused` is to be read beside. `control` has vLLM's kernels and
+should differ no more than `stock, again`.
 |log p| is how far apart two runs are in the log probability of the most likely token, up to where a request parts.
 vllm_weights.py gives each rank weights of its own: with equal ones every order of a sum is exact.
 
