@@ -26,8 +26,9 @@ def test_without_kernels_it_stays_out_of_vllm(on_ranks):
         assert "TpfusePass" not in found["passes"]
 
 
-def test_pipeline_stages_have_tp_groups_of_their_own(on_ranks):
-    for rank, result in enumerate(on_ranks(4, jobs.pipeline)):
+@pytest.mark.parametrize("what", ["stages", "replicas"])
+def test_pipeline_stages_and_replicas_have_tp_groups_of_their_own(on_ranks, what):
+    for rank, result in enumerate(on_ranks(4, jobs.two_groups, what)):
         first = rank // 2 * 2
         assert result["ranks"] == [first, first + 1]
         assert f"rank {rank % 2} of 2" in result["found"]

@@ -18,18 +18,33 @@ class Worker:
     """A worker of vLLM on this rank of the CPU: its configuration, and its TP group through our plugin. There are no
     kernels here, so the Communicator of `effective` is put in by hand."""
 
-    def __init__(self, rank: Rank, effective: str | None = None, stages: int = 1) -> None:
+    def __init__(self, rank: Rank, effective: str | None = None, stages: int = 1, replicas: int = 1) -> None:
         os.environ["TPFUSE_VLLM"] = "fused"
-        from vllm.config import CompilationConfig, DeviceConfig, VllmConfig, set_current_vllm_config
+        from vllm.config import (
+            CompilationConfig,
+            DeviceConfig,
+            ParallelConfig,
+            VllmConfig,
+            set_current_vllm_config,
+        )
         from vllm.distributed import parallel_state
 
         from tpfuse.integrations.vllm import register
 
         register()
-        self.config = VllmConfig(compilation_config=CompilationConfig(), device_config=DeviceConfig(device="cpu"))
+        self.ranks, self.stages = rank.world // replicas, stages  # of one replica
+        self.config = VllmConfig(
+            compilation_config=CompilationConfig(),
+            device_config=DeviceConfig(device="cpu"),
+            parallel_config=ParallelConfig(
+                tensor_parallel_size=self.ranks // stages,
+                pipeline_parallel_size=stages,
+                data_parallel_size=replicas,
+                data_parallel_rank=rank.rank // self.ranks,
+            ),
+        )
         self.context = set_current_vllm_config(self.config)
         self.parallel_state, self.rank, self.effective = parallel_state, rank, effective
-        self.stages = stages
 
     def __enter__(self) -> Worker:
         from tpfuse import Communicator
@@ -37,8 +52,8 @@ class Worker:
         from tpfuse.integrations.vllm import passes, qk_norm
 
         self.context.__enter__()
-        self.parallel_state.init_distributed_environment(self.rank.world, self.rank.rank, "env://", 0, "gloo")
-        self.parallel_state.ensure_model_parallel_initialized(self.rank.world // self.stages, self.stages)
+        self.parallel_state.init_distributed_environment(self.ranks, self.rank.rank % self.ranks, "env://", 0, "gloo")
+        self.parallel_state.ensure_model_parallel_initialized(self.ranks // self.stages, self.stages)
         assert state.current is not None
         self.found = str(state.current)
         if self.effective is not None:
@@ -70,9 +85,9 @@ def stays_out(rank: Rank) -> dict[str, Any]:
         }
 
 
-def pipeline(rank: Rank) -> dict[str, Any]:
-    """Two stages, each with a TP group of its own."""
-    with Worker(rank, "fused", stages=2) as worker:
+def two_groups(rank: Rank, what: str) -> dict[str, Any]:
+    """Two `what`, stages or replicas, each with a TP group of its own."""
+    with Worker(rank, "fused", **{what: 2}) as worker:
         x, gamma = torch.full((2, WIDTH), 1.0 + rank.rank), torch.ones(WIDTH)
         _, total = torch.ops.tpfuse_vllm.all_reduce_sum_rms_norm(x, gamma, 1e-6, 0.0)
         return {"ranks": worker.engaged.group.ranks, "found": worker.found, "total": total}
