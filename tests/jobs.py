@@ -384,24 +384,6 @@ def compiled_and_eager(rank: Rank, cases: Sequence[Case], mode: str = "fused") -
     return pairs
 
 
-def traced(rank: Rank, cases: Sequence[Case], mode: str, dynamic: bool = False) -> list[list[str]]:
-    """Operators that each call, compiled, has of tpfuse and of torch's functional collectives."""
-    comm, found = communicator(mode), []
-    for case in cases:
-        names: list[str] = []
-
-        def keep(graph: Any, given: Any, names: list[str] = names) -> Any:
-            targets = [str(node.target) for node in graph.graph.nodes]
-            names += [name for name in targets if name.startswith(("tpfuse.", "_c10d_functional."))]
-            return graph
-
-        torch.compiler.reset()
-        compiled = torch.compile(call, fullgraph=True, backend=keep, dynamic=dynamic)
-        compiled(comm, case, inputs(case, rank.rank, rank.world))
-        found.append(names)
-    return found
-
-
 def compiled_layer(rank: Rank, case: Case) -> tuple[Outputs, Outputs, int]:
     """Modules with torch ops between them as one compiled graph, beside the same eagerly; and the counted calls."""
     with Communicator(timeout=20.0) as comm:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tpfuse import __version__, checks, traced
+from tpfuse import __version__, checks
 from tpfuse.agreement import Board, agree, diagnose
 from tpfuse.backends import collective
 from tpfuse.backends.collective import Call, Collective, Served
@@ -87,7 +87,6 @@ class Communicator:
         _made[self.group.group_name] = serial + 1
         self.name = f"{self.group.group_name}/{serial}"
         self.rank, self.world = self.group.rank(), self.group.size()
-        self._peers = self.world, self.group.group_name  # what an exchange of compiled code needs
         self._board = Board(self.group, self.name)
         self._closed = False
         self._prepared = False
@@ -209,10 +208,7 @@ class Communicator:
         (which may be x itself).
         """
         if torch.compiler.is_compiling():
-            if self._traced(x):
-                y = traced.sharded_rms_norm((x,), (weight,), (eps,), weight_bias, None, *self._peers)[0]
-            else:
-                y = torch.ops.tpfuse.rms_norm(x, weight, self.name, eps, weight_bias)
+            y = torch.ops.tpfuse.rms_norm(x, weight, self.name, eps, weight_bias)
             return y if out is None else out.copy_(y)
         key = ("rms_norm", traits(x), traits(weight), eps, weight_bias, out is not None and traits(out))
         served = self._remembered(key)
@@ -252,10 +248,7 @@ class Communicator:
         q_eps, k_eps = pair(eps)
         if torch.compiler.is_compiling():
             norms = (q, k, q_weight, k_weight, self.name, q_eps, k_eps, weight_bias)
-            if self._traced(q):
-                gammas = q_weight, k_weight
-                y = tuple(traced.sharded_rms_norm((q, k), gammas, (q_eps, k_eps), weight_bias, rope, *self._peers))
-            elif rope is None:
+            if rope is None:
                 y = torch.ops.tpfuse.qk_rms_norm(*norms)
             else:
                 tables = (rope.cos, rope.sin, rope.positions, rope.head_dim, rope.rotary_dim, rope.interleaved)
@@ -387,12 +380,8 @@ class Communicator:
         keep_norm: bool,
         row_sharded: bool,
     ) -> NormOutput:
-        """`all_reduce_rms_norm` in compiled code: an operator, or in mode control what is in traced.py."""
+        """`all_reduce_rms_norm` as an operator of compiled code."""
         ops = torch.ops.tpfuse
-        if quant is None and not row_sharded and self._traced(x):
-            return NormOutput(
-                *traced.all_reduce_rms_norm(x, weight, residual, eps, weight_bias, *self._peers), None, None
-            )
         if quant is not None or row_sharded:
             name, given = ("", None) if quant is None else (quant.name, quant.given)
             results = ops.layer_boundary(
@@ -425,10 +414,6 @@ class Communicator:
         if self._begin(Served(call, self._counter(collective.GATHER_ROWS), own_kernels=False)) is None:
             return empty(shard)
         return self._collective.gather_rows(shard, rows)
-
-    def _traced(self, x: Tensor) -> bool:
-        """Whether compiled code has the exchange and the norm of these rows as separate operations."""
-        return self.plan.requested_mode == "control" and traced.fits(x)
 
     def _remembered(self, key: tuple[Any, ...]) -> Served | None:
         """How calls of this signature are served, if there was one before."""
