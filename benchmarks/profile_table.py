@@ -16,6 +16,7 @@ from pathlib import Path
 
 # The first that fits counts.
 KINDS = {
+    "GEMMs of Inductor": r"^triton_tem_",
     "fused by Inductor": r"^triton_",
     "all-reduce + residual + norm, one kernel": r"tpfuse::reduce_",
     "sharded QK norm + RoPE, one kernel": r"tpfuse::norm_by_",
@@ -35,11 +36,12 @@ def kind_of(kernel: str) -> str:
 
 
 def table(path: Path) -> str:
-    """One column for each mode and concurrency, in the order of the file."""
+    """One column for each mode, concurrency and compiler, in the order of the file."""
     columns: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        column = f"{row['requested_mode'] or row['impl']}, {row['concurrency']}"
+        named = row["requested_mode"] or row["impl"], row["concurrency"], row.get("compiler")
+        column = ", ".join(str(name) for name in named if name)
         columns[column][kind_of(row["kernel"])] += row["us"] / row["layers"]
     lines = [["µs a layer", *columns], ["---", *["---:"] * len(columns)]]
     for kind in KINDS:

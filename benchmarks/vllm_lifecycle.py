@@ -19,12 +19,12 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_tokens import HERE, load_bench, parting
+from vllm_tokens import HERE, HOOK, WEIGHTS, load_bench, parting
 
 REQUESTS, INPUT, OUTPUT = 10, 256, 64
 Answers = list[list[int]]  # the tokens of all requests
@@ -107,19 +107,23 @@ def fill(worker: Any) -> None:
 
 class Run(NamedTuple):
     """mode: of tpfuse; "" where it is not even there. more: what bench_vllm.py is told besides. like: whose answers to
-    compare with."""
+    compare with. effective: the mode that it must come to, or the run has failed."""
 
     mode: str
     job: Callable[[Engine], Iterator[tuple[str, Answers]]] = serve
     more: tuple[str, ...] = ()
     like: str = ""
     invariant: bool = False
+    effective: str = "fused"
+
+    def came_out(self, said: Sequence[str]) -> bool:
+        return not self.mode or any(f"effective {self.effective}" in line for line in said)
 
 
 HYBRID = ("--nemotron", "MEM*EMEM")
 RUNS = {
     "stock": Run(""),
-    "tpfuse raises": Run("fused", like="stock"),
+    "tpfuse raises": Run("fused", like="stock", effective="off"),
     "sleep": Run("fused", sleep, ("--engine", '{"enable_sleep_mode": true}'), "stock"),
     "engines": Run("fused", engines, ("--engine", '{"distributed_executor_backend": "external_launcher"}'), "sleep"),
     "batch-invariant, stock": Run("", alone, invariant=True),
@@ -161,12 +165,17 @@ def outcome(given: argparse.Namespace, name: str) -> dict[str, Answers]:
             processes = [subprocess.Popen(command, env=os.environ | rank, stdout=log, stderr=log) for rank in ranks]
             for process in processes:
                 process.wait()
-    return json.loads(file.read_text()) if file.exists() else {}
+    came_out = file.exists() and RUNS[name].came_out(said_of(given, name))
+    return json.loads(file.read_text()) if came_out else {}
+
+
+def said_of(given: argparse.Namespace, name: str) -> list[str]:
+    lines = (given.out / f"{name}.log").read_text(errors="replace").splitlines()
+    return [line.partition("tpfuse, ")[2] for line in lines if "tpfuse, rank 0 of" in line]
 
 
 def report(given: argparse.Namespace, name: str, done: dict[str, dict[str, Answers]]) -> Iterator[str]:
-    lines = (given.out / f"{name}.log").read_text(errors="replace").splitlines()
-    said = [line.partition("tpfuse, ")[2] for line in lines if "tpfuse, rank 0 of" in line]
+    said = said_of(given, name)
     yield f"{name}: {said[-1] if said else 'without tpfuse'}"
     base = RUNS[name].like
     tokens = done.get(base, {}).get("served")
@@ -177,7 +186,7 @@ def report(given: argparse.Namespace, name: str, done: dict[str, dict[str, Answe
             yield f"    {what}: {len(found) - len(parted)} of {len(found)} requests as {base}{where}"
         base, tokens = "served", done[name]["served"]
     if not done[name]:
-        yield "    no answers: it failed, or was cut short"
+        yield "    no answers: it failed, was cut short, or did not come to its mode"
 
 
 def go_through(given: argparse.Namespace, name: str, run: Run) -> None:
@@ -188,12 +197,12 @@ def go_through(given: argparse.Namespace, name: str, run: Run) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_BATCH_INVARIANT": str(int(run.invariant))}
     sys.path.insert(0, sources[0])
     with tempfile.TemporaryDirectory() as folder:
-        hook = HERE / "vllm_hook.py"
+        hook = HOOK
         if name == "tpfuse raises":
             hook = Path(folder, "raises.py")
             hook.write_text(RAISES)
         shape = ("--layers", str(given.layers), "--tp", str(given.tp), "--concurrency", f"1,{REQUESTS}")
-        sys.argv = [str(given.bench), *shape, *(("--hook", str(hook)) if run.mode else ()), *run.more]
+        sys.argv = [str(given.bench), *shape, "--hook", f"{WEIGHTS}:{hook}" if run.mode else str(WEIGHTS), *run.more]
         asked = bench.parse()
         bench.set_env(asked)
         if run.job is engines:

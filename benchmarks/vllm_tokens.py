@@ -9,7 +9,8 @@ Runs: `stock`; `stock, again`; `stock, NCCL`, where vLLM's all-reduce is NCCL's,
 of another order round differently, and greedy tokens part where two are nearly as likely. So `stock` against
 `stock, NCCL` is the noise floor that `stock` against `fused` is to be read beside. `control` has vLLM's kernels and
 should differ no more than `stock, again`.
-|log p| is how far apart two runs are in the log probability of the most likely token, up to where a request parts.
+|log p| is how far apart two runs are in the log probability of the most likely token, up to where any run parts from
+`stock` in this request: so all rows are about the same tokens.
 vllm_weights.py gives each rank weights of its own: with equal ones every order of a sum is exact.
 
 bench_vllm.py, which is given by its path, brings the environment and the model: parse(), set_env(), engine_args() and
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import median
@@ -105,13 +107,15 @@ def load(given: argparse.Namespace, run: str) -> Answers:
 
 
 def settings(given: argparse.Namespace) -> list[Any]:
-    return [given.layers, given.tp, given.concurrency, given.input_len, given.output_len]
+    return [WEIGHTS.name, given.layers, given.tp, given.concurrency, given.input_len, given.output_len]
 
 
 def table(runs: dict[str, Answers]) -> str:
     """Of each comparison and concurrency: how many requests have equal tokens, where the others part, and how far apart
-    they are."""
+    they are up to there, or to where any run parts."""
     rows = [("", "requests at once", "equal", "first difference", "median", "|log p| median", "largest")]
+    concurrencies = next(iter(runs.values()), {})
+    ends = {n: list(map(in_common, zip(*(run[n] for run in runs.values()), strict=True))) for n in concurrencies}
     for one, other in COMPARISONS:
         if one in runs and other in runs:
             for concurrency, ours in runs[one].items():
@@ -119,7 +123,7 @@ def table(runs: dict[str, Answers]) -> str:
                 parted = [at for a, b in pairs if (at := parting(a.tokens, b.tokens))]
                 equal = f"{len(ours) - len(parted)} of {len(ours)}"
                 where = (str(min(parted)), f"{median(parted):g}") if parted else ("-", "-")
-                far = [distance for a, b in pairs for distance in apart(a, b)]
+                far = [d for (a, b), end in zip(pairs, ends[concurrency], strict=True) for d in apart(a, b, end)]
                 rows.append((f"{one} / {other}", concurrency, equal, *where, f"{median(far):.2g}", f"{max(far):.2g}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -131,9 +135,15 @@ def table(runs: dict[str, Answers]) -> str:
     )
 
 
-def apart(a: Answer, b: Answer) -> list[float]:
-    """What two answers are apart in log p, up to their first token that differs: behind it, they are of other texts."""
-    end = parting(a.tokens, b.tokens) or len(a.tokens)
+def in_common(answers: Sequence[Answer]) -> int:
+    """Up to which token log probabilities of a request compare in all runs: the first that differs in any of them,
+    which still follows the same text, or the last."""
+    first, *others = (answer.tokens for answer in answers)
+    return min([at for tokens in others if (at := parting(first, tokens))], default=len(first))
+
+
+def apart(a: Answer, b: Answer, end: int) -> list[float]:
+    """What two answers are apart in log p in their first tokens."""
     return [abs(x - y) for x, y in zip(a.log_p[:end], b.log_p[:end], strict=True)]
 
 

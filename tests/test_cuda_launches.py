@@ -18,7 +18,7 @@ from tpfuse import Communicator, Rope, quant
 from tpfuse.backends.cuda import all_reduce, sharded_norm
 from tpfuse.backends.cuda.all_reduce import DEFAULTS, MAX_BLOCKS, AllReduce, ring_rows
 from tpfuse.backends.cuda.backend import CudaBackend, routes
-from tpfuse.backends.cuda.sharded_norm import ShardedNorm
+from tpfuse.backends.cuda.sharded_norm import ShardedNorm, why_not
 from tpfuse.plan import Plan, slot_bytes
 
 WORLD, STREAM = 4, 7
@@ -113,6 +113,13 @@ def test_arguments_of_a_qk_norm(comm: Communicator) -> None:
         *(t.data_ptr() for t in tensors), 2048, 2048, 1544, 256, 5, 1536, 256, 0, 1, *map(single, numbers), 128, 64,
         9, 1,
     )  # fmt: skip
+
+
+def test_tables_that_32_bits_do_not_count_are_left_to_collective() -> None:
+    for rows, served in ((1 << 29, True), ((1 << 29) + 1, False)):
+        table = torch.empty(rows, 32, device="meta")
+        rope = Rope(table, torch.empty(9, 32), torch.zeros(5, dtype=torch.int64), 128, 64)
+        assert (why_not((512, 256), rope) == "") == served
 
 
 def test_arguments_of_an_rms_norm(comm: Communicator) -> None:

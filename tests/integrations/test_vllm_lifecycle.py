@@ -28,7 +28,9 @@ def minimax_config(layers):
 nemotron_config = minimax_config
 
 def engine_args(asked, folder, concurrency):
-    return {"asked": asked, "hook": Path(asked.hook).read_text() if asked.hook else ""}
+    weights, *hook = asked.hook.split(":")
+    assert Path(weights).name == "vllm_weights.py"
+    return {"asked": asked, "hook": Path(*hook).read_text() if hook else ""}
 """
 VLLM = """
 from types import SimpleNamespace as S
@@ -41,7 +43,7 @@ class LLM:
     def __init__(self, asked, hook):
         self.asked, self.slept = asked, 0
         if hook:
-            print("INFO tpfuse, rank 0 of 4: effective", "off" if "mocked out" in hook else "fused")
+            print("INFO tpfuse, rank 0 of 4: effective", "off" if "mocked out" in hook else "EFFECTIVE")
         if BROKEN in asked.nemotron:
             raise RuntimeError("no such model")
 
@@ -64,12 +66,13 @@ class LLM:
 
 @pytest.fixture
 def lifecycle(tmp_path):
-    def run(broken: str) -> subprocess.CompletedProcess[str]:
+    def run(broken: str, effective: str = "fused") -> subprocess.CompletedProcess[str]:
         groups = tmp_path / "site" / "vllm" / "distributed" / "parallel_state.py"
         groups.parent.mkdir(parents=True)
         groups.write_text("cleanup_dist_env_and_memory = int")
         (tmp_path / "bench_vllm.py").write_text(BENCH)
-        (tmp_path / "site" / "vllm" / "__init__.py").write_text(VLLM.replace("BROKEN", repr(broken)))
+        stand_in = VLLM.replace("BROKEN", repr(broken)).replace("EFFECTIVE", effective)
+        (tmp_path / "site" / "vllm" / "__init__.py").write_text(stand_in)
         command = [sys.executable, SCRIPT, "--bench", tmp_path / "bench_vllm.py", "--out", tmp_path / "out"]
         return subprocess.run([*command, "--at-once", "3"], capture_output=True, text=True, timeout=120, check=False)
 
@@ -88,6 +91,13 @@ def test_what_stays_the_same_and_what_does_not(lifecycle):
     assert "after sleep of level 2: 10 of 10 requests as served" in lines
     assert "the next engine: 10 of 10 requests as served" in lines
     assert "one by one: 10 of 10 requests as served" in lines
+
+
+def test_a_run_that_did_not_come_to_its_mode_is_no_result(lifecycle):
+    done = lifecycle("none", effective="off")
+    assert done.returncode == 1
+    assert "sleep: rank 0 of 4: effective off\n    no answers" in done.stdout
+    assert "tpfuse raises: rank 0 of 4: effective off\n    served: 10 of 10 requests as stock" in done.stdout
 
 
 def test_a_run_that_fails_is_told(lifecycle):

@@ -25,7 +25,7 @@
 #ifndef NORM_KINDS  // a mask
 #define NORM_KINDS 3
 #endif
-#ifndef NORM_FEW  // 1: bf16 only; 2: of those, the two usual kernels; 3: two that turn rows before the sums arrive
+#ifndef NORM_FEW  // 1: bf16 only; 2: of those, the two usual kernels; 3: two that turn rows, before and after the sums arrive
 #define NORM_FEW 0
 #endif
 
@@ -414,7 +414,9 @@ class Sequence {
     word(call.rotary_dim);
     if (variant.turn != Turn::none) {
       word(u32(arrays_[call.cosines].count));
-      for (size_t array : {call.cosines, call.sines, call.positions}) rows({array, 0, 0}, u32(arrays_[array].count), 1);
+      for (size_t array : {call.cosines, call.sines}) rows({array, 0, 0}, u32(arrays_[array].count), 1);
+      for (const auto& positions : arrays_[call.positions].expected)  // their grid comes with the launch
+        std::fwrite(positions.data(), 1, positions.size(), file);
     }
     for (u32 t = 0; t < variant.tensors; ++t) {
       word(call.width[t]);
@@ -561,7 +563,27 @@ class Sequence {
       u64 position = random_.below(count);
       for (auto& bytes : arrays_[call.positions].expected) std::memcpy(&bytes[row * 8], &position, 8);
     }
-    for (size_t array : {call.cosines, call.sines, call.positions}) arrays_[array].give();
+    for (size_t array : {call.cosines, call.sines}) arrays_[array].give();
+    // What was there before the grid that writes the positions.
+    for (void* memory : arrays_[call.positions].memory)
+      for (u32 row = 0; row < call.rows; ++row) static_cast<u64*>(memory)[row] = u64(1) << 40;
+  }
+
+  // The grid before a rotation: it writes the positions.
+  void write_positions(const Call& call, u32 rank) {
+    const Array& positions = arrays_[call.positions];
+    Vec8* to = static_cast<Vec8*>(positions.memory[rank]);
+    const char* from = positions.expected[rank].data();
+    auto kernel = [to, from, rows = call.rows] {
+      dependency_trigger();
+      dependency_wait();
+      for (u32 row = lane(); row < rows; row += kWarp) {
+        Vec8 position;
+        std::memcpy(&position, from + row * 8, 8);
+        store_global(to + row, position);
+      }
+    };
+    machine_.launch(rank, 1, kWarp, kernel, {call.pdl});
   }
 
   void draw(const Variant* given = nullptr) {
@@ -632,6 +654,7 @@ class Sequence {
   void launch(const Call& call, u32 missing) {
     const Variant& v = *call.variant;
     for (u32 rank = 0; rank < setup_.world; ++rank) {
+      if (v.turn != Turn::none) write_positions(call, rank);
       if (rank == missing) continue;
       NormArgs a = {};
       for (u32 r = 0; r < setup_.world; ++r) a.workspace[r] = workspace_[r];

@@ -80,13 +80,8 @@ def result_name(records: Sequence[ModelRecord]) -> str:
     if not records:
         raise InvalidArgument("result_name: no records, so there is no machine and no mode to name.")
     first = records[0]
-    graphs = _graphs(first, "-")
+    graphs = "-".join(name for name in (first.graphs, first.compiler) if name)
     return f"model-{first.preset}-{short_gpu(first.gpu)}x{first.world}-{effective_mode(records)}-{graphs}.jsonl"
-
-
-def _graphs(record: ModelRecord, separator: str = ", ") -> str:
-    """The graphs that there were, and the compiler, if there was one."""
-    return separator.join(name for name in (record.graphs, record.compiler) if name)
 
 
 def report(records: Sequence[ModelRecord]) -> RenderableType:

@@ -136,7 +136,7 @@ class Session:
         self.tokens.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
     def collectives(self) -> int:
-        """Collectives in the layers during one decode step."""
+        """Collectives in the layers during one decode step, an eager one."""
         applied = getattr(self.model, "_tpfuse", None)
         before = served(applied)
         with CountCollectives() as counted:

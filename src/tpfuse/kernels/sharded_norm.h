@@ -47,16 +47,16 @@
 //   norm_by_row with 2 or 8 warps a block: 0.3 to 1 us slower at few rows;
 //   its gamma into shared memory after the push: 0.3 to 0.5 us slower from 1024 rows on where rows are turned;
 //   a prefetch of the peer's slot: 2 to 125 us slower;
-//   in norm_by_block a prefetch of the step after the next, in the loop or before it: 0.6 to 1.1 us slower at 16384 rows
-//   than that of the first step alone.
+//   in norm_by_block a prefetch of the second step's rows as well, or always of those of the step after the next: 0.6 and
+//   1.1 us slower at 16384 rows than that of the first step alone.
 //
 // Order under programmatic dependent launch: gamma is a weight and is loaded before the wait; activations and the
-// counters only after it. The trigger comes first of all: the next grid may take its place early, but it waits for the end
-// of this one before it acts on anything but weights. What norm_by_row will read it asks into the L2 before the wait: a
-// prefetch reads nothing, and the L2 is where a writer's stores meet it. So does norm_by_block for its first step where the
-// host says so (prefetches): rows that are not in the L2 yet gain up to 10% (33.4 us to 31.8 at 16384 rows), but rows that
-// are there lose up to 15%. Which angles a row needs its position says, which is read before the wait for their prefetch
-// alone, and again behind it: cold 2.35 us instead of 2.64 at one row.
+// counters only after it. The trigger stands just before the wait: the next grid may take its place early, but it waits for
+// the end of this one before it acts on anything but weights. What norm_by_row will read it asks into the L2 before the
+// wait: a prefetch reads nothing, and the L2 is where a writer's stores meet it. So does norm_by_block for its first step
+// where the host says so (prefetches): rows that are not in the L2 yet gain up to 10% (33.4 us to 31.8 at 16384 rows), but
+// rows that are there lose up to 20%. Which angles a row needs its position says, which is read before the wait for their
+// prefetch alone, and again behind it: cold 2.35 us instead of 2.64 at one row.
 //
 // What one row costs is a chain of steps that all ranks wait for, so in norm_by_row all that can be done before the wait,
 // or while packets are under way, is done there, and pinned: the compiler would move it to its use, behind the arrival.
@@ -265,8 +265,8 @@ class Rotation {
   static constexpr u32 kVectors = kTurn == Turn::halves ? 2 : kTurn == Turn::neighbours ? 1 : 0;
   static constexpr u32 kPairs = kTurn == Turn::none ? 4 : kGroupElements / 2;
 
-  // The row's place in the tables, in vectors: a table of more than 64 GB has no place in memory. The tables wait for this,
-  // so it is loaded as early as the row.
+  // The row's place in the tables, in vectors: 32 bits count those of 64 GiB, more than which the host does not give. The
+  // tables wait for this, so it is loaded as early as the row.
   TPF_DEVICE static u32 begin_of(const NormArgs& a, u32 row) {
     if constexpr (kTurn == Turn::none) return 0;
     if (row >= a.rows) return 0;
@@ -276,7 +276,7 @@ class Rotation {
   // One of these may yet write the position. Then others are asked for, which nobody looks at; so the position may be any
   // number here.
   TPF_DEVICE static void prefetch_angles(const NormArgs& a, u32 row) {
-    if constexpr (kTurn == Turn::none) return;
+    if constexpr (kTurn == Turn::none || !kPrefetches) return;
     if (row >= a.rows) return;
     u64 position = load_system(reinterpret_cast<const u64*>(a.positions) + row);
     u32 bytes = a.rotary_dim * 2, sectors = (bytes + 31) / 32;  // of a table's row

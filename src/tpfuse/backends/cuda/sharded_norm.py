@@ -44,8 +44,9 @@ RESIDENT_THREADS = 896  # of the block kernel on a multiprocessor: leaves 72 reg
 DEEP_REGISTERS = {"sm_90a": 72}
 DEEP_REGISTERS_ELSEWHERE = 96
 NO_TABLES = (0, 0, 0)  # of a rotation
+MAX_TABLE_BYTES = 64 << 30  # 2^32 vectors
 # The block kernel asks for its first rows before it waits for earlier grids if they are that few, or take more than a
-# third of the L2: rows that are there already gain nothing, and the requests cost 2 to 15% (4x H200).
+# third of the L2: rows that are there already gain nothing, and the requests cost 2 to 20% (4x H200).
 PREFETCH_ROWS = 16
 GROUP = 256  # elements of a group: 32 lanes of 8
 # Of a half-split rotation of 32, 64, 128 or 256 elements two lanes part the rows. With 16 they would read half sectors.
@@ -317,6 +318,8 @@ def why_not(widths: Sequence[int], rope: Rope | None = None) -> str:
             f"cuda kernels rotate heads of a power of two up to {GROUP} elements, by multiples of 16 (interleaved: 8) "
             f"of them; given head_dim={rope.head_dim}, rotary_dim={rope.rotary_dim}"
         )
+    if max(rope.cos.nbytes, rope.sin.nbytes) > MAX_TABLE_BYTES:
+        return f"cuda kernels rotate by tables of up to 64 GiB; given {rope.cos.nbytes} and {rope.sin.nbytes} bytes"
     return ""
 
 
