@@ -104,16 +104,18 @@ class Variant:
         return least if least <= 2 else 8
 
     @property
-    def exchanges(self) -> bool:
-        """Whether lanes of the block kernel exchange the halves of pairs of several rows."""
-        return self.turn == "halves" and self.rows > 1 and not self.partner
+    def turns_all(self) -> bool:
+        """Whether each lane of the block kernel turns elements of several rows, alone or with another one's."""
+        return self.turn != "none" and self.rows > 1 and not self.partner
 
     def deep(self, arch: str) -> bool:
-        """Whether the block kernel has the registers to work ahead. Lanes that exchange have not, and with 16 lanes
-        between halves not in 72: NVRTC spills 4 to 32 bytes."""
-        if self.exchanges:
+        """Whether the block kernel has the registers to work ahead. Lanes that turn elements of several rows have not,
+        but for neighbours on sm_90a, and with 2 or 16 lanes between halves not in 72: NVRTC spills 4 to 32 bytes."""
+        if self.turns_all and not (self.turn == "neighbours" and arch in DEEP_REGISTERS):
             return False
-        tight = DEEP_REGISTERS_ELSEWHERE if self.partner == 16 else DEEP_REGISTERS.get(arch, DEEP_REGISTERS_ELSEWHERE)
+        tight = (
+            DEEP_REGISTERS_ELSEWHERE if self.partner in (2, 16) else DEEP_REGISTERS.get(arch, DEEP_REGISTERS_ELSEWHERE)
+        )
         needed = 0 if self.rows == 1 else tight
         return self.aligned and sum(self.groups) <= 16 and self.register_budget(arch) >= needed
 
@@ -131,7 +133,7 @@ class Variant:
 
     def budgeted(self, arch: str) -> int:
         """Blocks on a multiprocessor that the registers allow; rows of any alignment take more of them, and rotated
-        rows, too, on every architecture but sm_90a: most where lanes exchange halves."""
+        rows, too, on every architecture but sm_90a: most where each lane turns elements of several rows."""
         turned = self.turn != "none"
         if self.few:
             return 1
@@ -139,7 +141,7 @@ class Variant:
             spare = 0 if not turned else 2 if arch != "sm_90a" else 0 if self.aligned else 1
             return ROW_RESIDENT - spare
         if self.aligned:
-            spare = 0 if not turned or arch == "sm_90a" else 2 if self.exchanges else 1
+            spare = 0 if not turned or arch == "sm_90a" else 2 if self.turns_all else 1
             return max(1, self.resident - spare)
         return max(1, self.resident // 2)
 
