@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_tokens import HERE, HOOK, WEIGHTS, load_bench, parting
+from vllm_tokens import HERE, HOOK, WEIGHTS, execute, load_bench, options, parting, said_in
 
 REQUESTS, INPUT, OUTPUT = 10, 256, 64
 Answers = list[list[int]]  # the tokens of all requests
@@ -117,7 +116,7 @@ class Run(NamedTuple):
     effective: str = "fused"
 
     def came_out(self, said: Sequence[str]) -> bool:
-        return not self.mode or any(f"effective {self.effective}" in line for line in said)
+        return not self.mode or any(f"effective {self.effective}" in line for line in said[-1:])
 
 
 HYBRID = ("--nemotron", "MEM*EMEM")
@@ -136,14 +135,9 @@ RUNS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench", type=Path, required=True, help="bench_vllm.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder of tokens and logs")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tp", type=int, default=4)
+    parser = options(__doc__, RUNS, layers=2)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="the runs; default: all")
     parser.add_argument("--at-once", type=int, default=1, help="runs at the same time; vLLM must find memory for them")
-    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)  # a process of one run
     given = parser.parse_args()
     if given.run:
         go_through(given, given.run, RUNS[given.run])
@@ -158,24 +152,16 @@ def main() -> int:
 
 def outcome(given: argparse.Namespace, name: str) -> dict[str, Answers]:
     """What a run brought; nothing if it failed."""
-    file, command = given.out / f"{name}.json", [sys.executable, __file__, *sys.argv[1:], "--run", name]
+    file, log = given.out / f"{name}.json", given.out / f"{name}.log"
     if not file.exists():
         ranks = [{"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(given.tp)] if name == "engines" else [{}]
-        with file.with_suffix(".log").open("w") as log:
-            processes = [subprocess.Popen(command, env=os.environ | rank, stdout=log, stderr=log) for rank in ranks]
-            for process in processes:
-                process.wait()
-    came_out = file.exists() and RUNS[name].came_out(said_of(given, name))
+        execute(name, log, given.limit, ranks)
+    came_out = file.exists() and RUNS[name].came_out(said_in(log))
     return json.loads(file.read_text()) if came_out else {}
 
 
-def said_of(given: argparse.Namespace, name: str) -> list[str]:
-    lines = (given.out / f"{name}.log").read_text(errors="replace").splitlines()
-    return [line.partition("tpfuse, ")[2] for line in lines if "tpfuse, rank 0 of" in line]
-
-
 def report(given: argparse.Namespace, name: str, done: dict[str, dict[str, Answers]]) -> Iterator[str]:
-    said = said_of(given, name)
+    said = said_in(given.out / f"{name}.log")
     yield f"{name}: {said[-1] if said else 'without tpfuse'}"
     base = RUNS[name].like
     tokens = done.get(base, {}).get("served")

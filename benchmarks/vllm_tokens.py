@@ -2,8 +2,9 @@
 
     python benchmarks/vllm_tokens.py --bench PATH/bench_vllm.py --out tokens --layers 4 --tp 4
 
-Each run is a process of its own with its own workers. A file OUT/RUN.json keeps its tokens and OUT/RUN.log what it
-said; a run whose file is there is not repeated, so that a command that was cut short goes on. Delete OUT to start anew.
+Each run is a process of its own with its own workers, killed after --limit seconds. A file OUT/RUN.json keeps its
+tokens and OUT/RUN.log what it said; a run whose file is there is not repeated, so that a command that was cut short goes
+on. Delete OUT to start anew.
 
 Runs: `stock`; `stock, again`; `stock, NCCL`, where vLLM's all-reduce is NCCL's, not its own; `control`; `fused`. Sums
 of another order round differently, and greedy tokens part where two are nearly as likely. So `stock` against
@@ -24,11 +25,13 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import median
@@ -58,15 +61,10 @@ Answers = dict[str, list[Answer]]  # by concurrency
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench", type=Path, required=True, help="bench_vllm.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder of tokens and logs")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tp", type=int, default=4)
+    parser = options(__doc__, RUNS, layers=4)
     parser.add_argument("--concurrency", default="1,10,64")
     parser.add_argument("--input-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=256)
-    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)  # the process of one run
     given = parser.parse_args()
     if given.run:
         generate(given)
@@ -79,6 +77,48 @@ def main() -> int:
     return bool(failed)
 
 
+def options(about: str | None, runs: Iterable[str], layers: int) -> argparse.ArgumentParser:
+    """What the scripts that run vLLM are told alike."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", type=Path, required=True, help="bench_vllm.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder of tokens and logs")
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--tp", type=int, default=4)
+    parser.add_argument(
+        "--limit", type=float, default=900.0, help="seconds of a run, which then is killed; default: 900"
+    )
+    parser.add_argument("--run", choices=list(runs), help=argparse.SUPPRESS)  # a process of one run
+    return parser
+
+
+def execute(run: str, log: Path, limit: float, ranks: Sequence[dict[str, str]] = ({},)) -> None:
+    """This script as the processes of a run, each with more environment. What is left after `limit` seconds is killed,
+    and so are workers that outlive their engine."""
+    command = [sys.executable, sys.argv[0], *sys.argv[1:], "--run", run]
+    processes: list[subprocess.Popen[bytes]] = []
+    with log.open("w") as file:
+        try:
+            for rank in ranks:
+                processes.append(
+                    subprocess.Popen(command, env=os.environ | rank, stdout=file, stderr=file, start_new_session=True)
+                )
+            end = time.monotonic() + limit
+            for process in processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, end - time.monotonic()))
+        finally:
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait(60)
+
+
+def said_in(log: Path) -> list[str]:
+    """What tpfuse's first rank has logged."""
+    lines = log.read_text(errors="replace").splitlines()
+    return [line.partition("tpfuse, ")[2] for line in lines if "tpfuse, rank 0 of" in line]
+
+
 def path_of(given: argparse.Namespace, run: str, suffix: str) -> Path:
     return Path(given.out, f"{run.replace(', ', '-')}.{suffix}")
 
@@ -89,14 +129,10 @@ def done(given: argparse.Namespace, run: str) -> bool:
     log, tokens = path_of(given, run, "log"), path_of(given, run, "json")
     began = time.monotonic()
     if not tokens.exists():
-        with log.open("w") as file:
-            subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--run", run], stdout=file, stderr=file, check=False
-            )
-    said = [line for line in log.read_text(errors="replace").splitlines() if "tpfuse, rank 0 of" in line]
-    what = said[-1].partition("tpfuse, ")[2] if said else "without tpfuse"
-    print(f"{run}: {time.monotonic() - began:.0f} s; {what}", flush=True)
-    return tokens.exists() and hooked == any(f"effective {mode}" in line for line in said)
+        execute(run, log, given.limit)
+    last = (said_in(log) or ["without tpfuse"])[-1]
+    print(f"{run}: {time.monotonic() - began:.0f} s; {last}", flush=True)
+    return tokens.exists() and hooked == (f"effective {mode}" in last)
 
 
 def load(given: argparse.Namespace, run: str) -> Answers:

@@ -29,6 +29,7 @@ def engine_args(asked, folder, concurrency):
 """
 VLLM = """
 import os
+import time
 from types import SimpleNamespace as S
 
 mode = os.environ["TPFUSE_VLLM"]
@@ -39,6 +40,8 @@ class LLM:
 
     def __init__(self, hooked, weights):
         assert weights
+        if HANGS and mode == "control":
+            time.sleep(100)
         if hooked:
             print(f"INFO tpfuse, rank 0 of 4: requested {mode}, effective EFFECTIVE")
 
@@ -58,12 +61,21 @@ class LLM:
 def tokens(tmp_path):
     """What `effective` is -> the script's result."""
 
-    def run(effective: str) -> subprocess.CompletedProcess[str]:
+    def run(effective: str, hangs: bool = False) -> subprocess.CompletedProcess[str]:
         (tmp_path / "site").mkdir(exist_ok=True)
         (tmp_path / "bench_vllm.py").write_text(BENCH)
-        (tmp_path / "site" / "vllm.py").write_text(VLLM.replace("EFFECTIVE", effective))
+        (tmp_path / "site" / "vllm.py").write_text(VLLM.replace("EFFECTIVE", effective).replace("HANGS", str(hangs)))
         command = [sys.executable, SCRIPT, "--bench", tmp_path / "bench_vllm.py", "--out", tmp_path / "out"]
-        settings = ["--concurrency", "1,10", "--output-len", "16", "--input-len", "8"]
+        settings = [
+            "--limit",
+            "3" if hangs else "60",
+            "--concurrency",
+            "1,10",
+            "--output-len",
+            "16",
+            "--input-len",
+            "8",
+        ]
         return subprocess.run([*command, *settings], capture_output=True, text=True, timeout=60, check=False)
 
     return run
@@ -88,3 +100,10 @@ def test_a_run_that_was_not_what_it_is_called_is_no_result(tokens):
     assert done.returncode == 1
     assert "fused: failed" in done.stdout
     assert "stock / fused" not in done.stdout
+
+
+def test_a_run_that_hangs_is_killed(tokens):
+    done = tokens("{mode}", hangs=True)
+    assert done.returncode == 1
+    assert "control: failed" in done.stdout
+    assert "stock / fused" in done.stdout

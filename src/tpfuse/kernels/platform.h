@@ -251,8 +251,8 @@ TPF_DEVICE void dependency_trigger() {
 #endif
 }
 
-// Asks for the line at p to come into the L2, where it stays coherent with whoever still writes it: nothing is read.
 constexpr bool kPrefetches = true;
+// Asks for the line at p to come into the L2, where it stays coherent with whoever still writes it: nothing is read.
 TPF_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // x is computed by here. The compiler moves arithmetic to where its result is used, and that may be in the chain of steps
@@ -649,8 +649,8 @@ inline bool cluster_arrived(const u64* gate, TPF_SITE) { return host::cluster_ar
 
 inline void dependency_wait(TPF_SITE) { host::dependency_wait(site); }
 inline void dependency_trigger() { host::dependency_trigger(); }
-// Only looks whether the address is the kernel's to read.
 constexpr bool kPrefetches = true;
+// Only looks whether the address is the kernel's to read.
 inline void prefetch(const void* p) { *static_cast<const volatile u8*>(p); }
 inline void pin(u64&) {}
 inline void pin(float&) {}
