@@ -3,8 +3,8 @@
     python benchmarks/vllm_tokens.py --bench PATH/bench_vllm.py --out tokens --layers 4 --tp 4
 
 Each run is a process of its own with its own workers, killed after --limit seconds. A file OUT/RUN.json keeps its
-tokens and OUT/RUN.log what it said; a run whose file is there is not repeated, so that a command that was cut short goes
-on. Delete OUT to start anew.
+tokens and OUT/RUN.log what it said; a run whose file is there is not repeated, so that a command that was cut short
+goes on. Delete OUT to start anew.
 
 Runs: `stock`; `stock, again`; `stock, NCCL`, where vLLM's all-reduce is NCCL's, not its own; `control`; `fused`. Sums
 of another order round differently, and greedy tokens part where two are nearly as likely. So `stock` against
@@ -84,9 +84,7 @@ def options(about: str | None, runs: Iterable[str], layers: int) -> argparse.Arg
     parser.add_argument("--out", type=Path, required=True, help="folder of tokens and logs")
     parser.add_argument("--layers", type=int, default=layers)
     parser.add_argument("--tp", type=int, default=4)
-    parser.add_argument(
-        "--limit", type=float, default=900.0, help="seconds of a run, which then is killed; default: 900"
-    )
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds of a run, then it is killed; default: 900")
     parser.add_argument("--run", choices=list(runs), help=argparse.SUPPRESS)  # a process of one run
     return parser
 
