@@ -168,8 +168,15 @@ def static(norm, scale):
 
 
 def per_token(norm, _):
-    largest = norm.abs().max(dim=-1)[0].unsqueeze(-1).float()
-    scale = (largest / 448.0).clamp(min=1.0 / (448.0 * 512.0))
+    return _by_token(norm, norm.abs().max(dim=-1)[0])  # as vLLM 0.24 has it
+
+
+def per_token_by_amax(norm, _):
+    return _by_token(norm, norm.abs().amax(dim=-1))  # as vLLM 0.33 has it
+
+
+def _by_token(norm, largest):
+    scale = (largest.unsqueeze(-1).float() / 448.0).clamp(min=1.0 / (448.0 * 512.0))
     return *static(norm, scale), scale
 
 
@@ -210,6 +217,7 @@ def per_group_kernel(norm, _):
 QUANTS = {
     "static": (static, "fp8_static"),
     "per token": (per_token, "fp8_per_token"),
+    "per token, amax": (per_token_by_amax, "fp8_per_token"),
     "static, kernel": (static_kernel, "fp8_static"),
     "per token, kernel": (per_token_kernel, "fp8_per_token"),
     "per group, kernel": (per_group_kernel, "fp8_per_group"),
@@ -247,7 +255,7 @@ def test_a_quantisation_goes_in(name, residual, others, wide):
         assert torch.equal(y.view(torch.uint8), reference.view(torch.uint8))
 
 
-@pytest.mark.parametrize("name", ["static", "per token"])
+@pytest.mark.parametrize("name", ["static", "per token", "per token, amax"])
 def test_what_vllm_computes_is_what_tpfuse_computes(name, wide):
     quantise, kind = QUANTS[name]
     x, scale = rows(3, 256), torch.tensor([0.02])

@@ -9,6 +9,8 @@ import pytest
 import torch
 import vllm_itself_jobs as jobs
 
+from tpfuse.integrations.vllm import qk_norm
+
 pytestmark = pytest.mark.vllm
 
 
@@ -42,11 +44,19 @@ def test_the_qk_norm_is_served(on_ranks):
             torch.testing.assert_close(y, stock)
 
 
-def test_the_function_of_minimax_m3_is_served(on_ranks):
-    for result in on_ranks(2, jobs.boundary_function):
-        assert "1 of 1 all-reduce + norms fused" in result["summary"]
-        for y, expected in zip(result["found"], result["expected"], strict=True):
-            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+def test_the_attention_of_minimax_m2_is_the_known_one(on_ranks):
+    """Else its RoPE is left to vLLM."""
+    (found,) = on_ranks(1, jobs.attention_names)
+    assert found == qk_norm.FORWARD
+
+
+def test_functions_that_models_call_are_served(on_ranks):
+    for results in on_ranks(2, jobs.boundary_functions):
+        assert "fused_allreduce_gemma_rms_norm" in [result["name"] for result in results]
+        for result in results:
+            assert "1 of 1 all-reduce + norms fused" in result["summary"]
+            for y, expected in zip(result["found"], result["expected"], strict=True):
+                torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_boundaries_are_fused_under_inductor(on_ranks):
@@ -55,6 +65,13 @@ def test_boundaries_are_fused_under_inductor(on_ranks):
         assert "4 of 4 all-reduce + norms fused; left: none seen" in result["summary"]
         for y, expected in zip(result["found"], result["expected"], strict=True):
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_quantisations_go_in_as_vllm_spells_them(on_ranks):
+    for result in on_ranks(2, jobs.quantisations):
+        assert result["counts"] == [(2, 2)]  # in the one graph, as Inductor runs passes once for each
+        for y, expected in zip(result["found"], result["expected"], strict=True):
+            torch.testing.assert_close(y, expected, rtol=2**-3, atol=1e-5)  # neighbours in E4M3
 
 
 def test_control_only_looks_and_has_a_key_of_its_own(on_ranks):

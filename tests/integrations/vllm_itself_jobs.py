@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tpfuse.launch import Rank
 
 WIDTH = 64
+TOKENS = 6
 
 
 class Worker:
@@ -106,52 +108,64 @@ def qk_norm(rank: Rank) -> dict[str, Any]:
         return {"found": y, "stock": stock, "summary": worker.engaged.summary("left")}
 
 
-def boundary_function(rank: Rank) -> dict[str, Any]:
-    """What MiniMax-M3 calls, through tpfuse; vLLM's own way beside it. Ranks bring rows of very different size."""
-    import sys
-
+def boundary_functions(rank: Rank) -> list[dict[str, Any]]:
+    """What models call that are not compiled, through tpfuse; vLLM's own way beside it. Ranks bring rows of very
+    different size."""
     from tpfuse.integrations.vllm import functions
 
-    flashinfer = "vllm.compilation.passes.fusion.allreduce_rms_fusion"
-    sys.modules[flashinfer] = None  # type: ignore[assignment]  it needs kernels; the function goes on without it
-    try:
-        from vllm.model_executor.layers import fused_allreduce_gemma_rms_norm as home
-    finally:
-        del sys.modules[flashinfer]
-
     class Norm(torch.nn.Module):
-        """Gemma's, as the model has it on GPUs by FlashInfer."""
+        """Gemma's where bias is 1, as MiniMax-M3 has it on GPUs by FlashInfer."""
 
         weight, variance_epsilon = torch.rand(WIDTH, generator=torch.Generator().manual_seed(0)), 1e-6
+
+        def __init__(self, bias: float) -> None:
+            super().__init__()
+            self.bias = bias
 
         def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             total = x + residual
             scale = torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-            return total * scale * (self.weight + 1.0), total
+            return total * scale * (self.weight + self.bias), total
 
     torch.manual_seed(1)
     residual = torch.randn(5, WIDTH)
     torch.manual_seed(2 + rank.rank)
-    x, norm = torch.randn(5, WIDTH) * 10.0**rank.rank, Norm()
-    with Worker(rank, "fused") as worker, torch.no_grad():
-        functions.install()
-        found = home.fused_allreduce_gemma_rms_norm(x, residual, norm)
-        expected = home.fused_allreduce_gemma_rms_norm.tpfuse_stock(x.clone(), residual, norm)
-        return {"found": found, "expected": expected, "summary": worker.engaged.summary("left")}
+    x = torch.randn(5, WIDTH) * 10.0**rank.rank
+    results = []
+    for name, home, bias in _functions_here():
+        with Worker(rank, "fused") as worker, torch.no_grad():
+            functions.install()
+            ours = getattr(home, name)
+            found, expected = ours(x, residual, Norm(bias)), ours.tpfuse_stock(x.clone(), residual, Norm(bias))
+            summary = worker.engaged.summary("left")
+            results.append({"name": name, "found": found, "expected": expected, "summary": summary})
+    return results
+
+
+def _functions_here() -> list[tuple[str, Any, float]]:
+    """Those of functions.FUNCTIONS that this vLLM has: name, module, what the norm adds to its gamma."""
+    import sys
+    from importlib import import_module
+
+    from tpfuse.integrations.vllm import functions
+
+    found, flashinfer = [], "vllm.compilation.passes.fusion.allreduce_rms_fusion"
+    sys.modules[flashinfer] = None  # type: ignore[assignment]  it needs kernels; the functions go on without it
+    try:
+        for path, name, bias in functions.FUNCTIONS:
+            with suppress(ImportError):
+                found.append((name, import_module(path), bias))
+    finally:
+        del sys.modules[flashinfer]
+    return found
 
 
 def boundaries(rank: Rank, effective: str) -> dict[str, Any]:
     """A model of vLLM's operators, compiled by Inductor with vLLM's pass manager."""
     import vllm.ir
-    from torch._inductor import config as inductor
-    from vllm.compilation.passes.inductor_pass import pass_context
-    from vllm.compilation.passes.pass_manager import PostGradPassManager
-    from vllm.config.utils import Range
 
     def all_reduce(x: Tensor) -> Tensor:
-        """As vLLM calls it on GPUs; its communicator for CPUs works in place."""
-        y: Tensor = torch.ops.vllm.all_reduce(x.clone(), group_name=group)
-        return y
+        return reduced(x, group)
 
     norm, add_norm = vllm.ir.ops.rms_norm, vllm.ir.ops.fused_add_rms_norm
 
@@ -164,25 +178,87 @@ def boundaries(rank: Rank, effective: str) -> dict[str, Any]:
 
     shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + rank.rank)
     gammas = torch.randn(4, WIDTH, generator=shared)
-    first, a, b = (torch.randn(n, WIDTH, generator=own) / 8 for n in (6, WIDTH, WIDTH))
+    first, a, b = (torch.randn(n, WIDTH, generator=own) / 8 for n in (TOKENS, WIDTH, WIDTH))
     with Worker(rank, effective) as worker, torch.no_grad():
         group = worker.engaged.group.unique_name
         expected = model(first, gammas, a, b)
-        manager = PostGradPassManager()
-        manager.configure(worker.config)
-        # About kernels that are not in this graph, and in no vLLM that is installed for CPUs.
-        type(manager.fix_functionalization).__call__ = lambda self, graph: None
-        torch._dynamo.reset()
-        with pass_context(Range(1, 8192)), inductor.patch(post_grad_custom_post_pass=manager, fx_graph_cache=False):
-            found = torch.compile(model, fullgraph=True, dynamic=True)(first, gammas, a, b)
-            key = manager.uuid()
+        found, passes, key = compiled(worker, model, first, gammas, a, b)
         calls = {c.route.op: c.calls for c in worker.engaged.comm.report().counters}
         return {
             "expected": expected,
             "found": found,
             "calls": calls,
             "summary": worker.engaged.summary("left"),
-            "passes": [type(pass_).__name__ for pass_ in manager.passes],
+            "passes": passes,
             "key": key,
-            "world": dist.get_world_size(),
         }
+
+
+def quantisations(rank: Rank) -> dict[str, Any]:
+    """vLLM's FP8 quantisations as it spells them for Inductor, behind a boundary each, compiled as above."""
+    import vllm.ir
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    from tpfuse.integrations.vllm import graph
+
+    def model(x: Tensor, residual: Tensor, gamma: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        y, residual = vllm.ir.ops.fused_add_rms_norm(reduced(x, group), residual, gamma, 1e-6)
+        given, _ = static.forward_native(y, scale)
+        y, residual = vllm.ir.ops.fused_add_rms_norm(reduced(x * 2.0, group), residual, gamma, 1e-6)
+        by_token, scales = per_token.forward_native(y)
+        return given, by_token, scales, residual
+
+    counts, fuse = [], graph.fuse
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        findings = fuse(*args, **kwargs)
+        counts.append((findings.fused, findings.quantised))
+        return findings
+
+    shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + rank.rank)
+    gamma, residual = (torch.randn(*shape, generator=shared).bfloat16() for shape in ((256,), (TOKENS, 256)))
+    given = torch.randn(TOKENS, 256, generator=own).bfloat16(), residual, gamma, torch.tensor([0.02])
+    with Worker(rank, "fused") as worker, torch.no_grad():
+        group = worker.engaged.group.unique_name
+        static, per_token = QuantFP8(True, GroupShape.PER_TENSOR), QuantFP8(False, GroupShape.PER_TOKEN)
+        expected = model(*given)
+        graph.fuse = counted
+        try:
+            found, *_ = compiled(worker, model, *given)
+        finally:
+            graph.fuse = fuse
+        return {"counts": counts, "found": [y.float() for y in found], "expected": [y.float() for y in expected]}
+
+
+def reduced(x: Tensor, group: str) -> Tensor:
+    """An all-reduce as vLLM calls it on GPUs; its communicator for CPUs works in place."""
+    y: Tensor = torch.ops.vllm.all_reduce(x.clone(), group_name=group)
+    return y
+
+
+def compiled(worker: Worker, model: Callable[..., Any], *given: Tensor) -> tuple[Any, list[str], str]:
+    """What a model computes that Inductor compiled with vLLM's pass manager; that manager's passes, and its key."""
+    from torch._inductor import config as inductor
+    from vllm.compilation.passes.inductor_pass import pass_context
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+    from vllm.config.utils import Range
+
+    manager = PostGradPassManager()
+    manager.configure(worker.config)
+    # About kernels that are not in this graph, and in no vLLM that is installed for CPUs.
+    type(manager.fix_functionalization).__call__ = lambda self, graph: None
+    torch._dynamo.reset()
+    for rows in given:
+        if rows.shape[0] == TOKENS:  # as vLLM does it: all else is static, floats too
+            torch._dynamo.mark_dynamic(rows, 0)
+    with pass_context(Range(1, 8192)), inductor.patch(post_grad_custom_post_pass=manager, fx_graph_cache=False):
+        found = torch.compile(model, fullgraph=True, dynamic=False)(*given)
+        return found, [type(pass_).__name__ for pass_ in manager.passes], manager.uuid()
+
+
+def attention_names(rank: Rank) -> tuple[str, ...]:
+    """What the forward of MiniMax-M2's attention calls."""
+    from vllm.model_executor.models.minimax_m2 import MiniMaxM2Attention
+
+    return MiniMaxM2Attention.forward.__code__.co_names

@@ -18,12 +18,10 @@ from tpfuse.integrations.vllm import operators  # noqa: F401  operators: registe
 from tpfuse.integrations.vllm.plugin import rebind
 
 PARAMETERS = ("hidden_states", "residual", "norm")
-LAYERS = "vllm.model_executor.layers"
-# module, function, what the norm adds to its gamma; the second came after vLLM 0.24
+# module, function, what the norm adds to its gamma; vLLM 0.24 has the first, 0.33 both
 FUNCTIONS = (
-    (f"{LAYERS}.fused_allreduce_gemma_rms_norm", "fused_allreduce_gemma_rms_norm", 1.0),
-    (f"{LAYERS}.fused_allreduce_gemma_rms_norm", "fused_allreduce_rms_norm", 0.0),
-    (f"{LAYERS}.fused_allreduce_rms_norm", "fused_allreduce_rms_norm", 0.0),
+    ("vllm.model_executor.layers.fused_allreduce_gemma_rms_norm", "fused_allreduce_gemma_rms_norm", 1.0),
+    ("vllm.models.common.ops.fused_allreduce_rms_norm", "fused_allreduce_rms_norm", 0.0),
 )
 
 Boundary = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]

@@ -1,7 +1,8 @@
 """All-reduce + norm in compiled graphs: a pass among vLLM's post-grad passes.
 
-It stands behind those that remove no-ops and shard sequences, and before all that fuse a norm: vLLM's own all-reduce
-fusion, which then finds only what was kept for it, and its norm + quantisation.
+It stands behind those that remove no-ops, shard sequences, and make one operator of add and norm (for models of
+transformers), and before all that fuse a norm: vLLM's own all-reduce fusion, which then finds only what was kept for it,
+and its norm + quantisation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tpfuse.integrations.vllm.plugin import guarded, replace
 from tpfuse.integrations.vllm.settings import LOG
 
 WHAT = "all-reduce + norm"
-EARLIER = ("NoOpEliminationPass", "SequenceParallelismPass", "AsyncTPPass")
+EARLIER = ("NoOpEliminationPass", "SequenceParallelismPass", "AsyncTPPass", "AddRMSNormFusionPass")
 REDUCES = "AllReduceFusionPass"  # vLLM's own, where its conditions hold
 KNOWN = {
     "rms_norm": ("x", "weight", "epsilon", "variance_size"),

@@ -23,6 +23,15 @@ aten, prims = torch.ops.aten, torch.ops.prims
 FP8 = torch.float8_e4m3fn
 WHOLE = (None, (-1, -1), [-1, -1])  # group shapes of one scale for the whole tensor
 
+# A scale for each token, from its last operation to its first, and what each has beside its input.
+# `norm.abs().max(-1)[0]`: vLLM 0.24; `norm.abs().amax(-1)`: 0.33
+_SCALED = (aten.clamp_min.default, aten.div.Tensor, prims.convert_element_type.default, aten.unsqueeze.default)
+_NUMBERS = (TOKEN_FLOOR, E4M3_MAX, torch.float32, -1)
+SCALES: dict[tuple[Any, ...], tuple[Any, ...]] = {
+    (*_SCALED, operator.getitem, aten.max.dim, aten.abs.default): (*_NUMBERS, 0, -1),
+    (*_SCALED, aten.amax.default, aten.abs.default): (*_NUMBERS, [-1]),
+}
+
 
 @dataclass(frozen=True)
 class Quantised:
@@ -105,16 +114,13 @@ def _operations(node: fx.Node, norm: fx.Node) -> Quantised | None:
 
 
 def _largest(scale: fx.Node, norm: fx.Node) -> fx.Node | None:
-    """The node that reads the norm, if a scale is `(norm.abs().max(-1).float() / 448).clamp(min=floor)`."""
+    """The node that reads the norm, if a scale is made of it as in SCALES."""
     steps = tuple(_back(scale))
-    shape = (
-        aten.clamp_min.default, aten.div.Tensor, prims.convert_element_type.default, aten.unsqueeze.default,
-        operator.getitem, aten.max.dim, aten.abs.default,
-    )  # fmt: skip
-    if tuple(step.target for step in steps) != shape or steps[-1].args[0] is not norm:
+    made: tuple[Any, ...] = tuple(step.target for step in steps)
+    numbers = SCALES.get(made)
+    if numbers is None or steps[-1].args[0] is not norm:
         return None
-    numbers = tuple(step.args[1] for step in steps[:-1])
-    return steps[-1] if numbers == (TOKEN_FLOOR, E4M3_MAX, torch.float32, -1, 0, -1) else None
+    return steps[-1] if tuple(step.args[1] for step in steps[:-1]) == numbers else None
 
 
 def _back(node: Any) -> Iterator[fx.Node]:
