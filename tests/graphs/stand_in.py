@@ -18,6 +18,21 @@ from torch import Tensor, nn
 
 from tpfuse import graphs
 
+SIZES = (4, 8, 16)
+LIBRARY = torch.library.Library("graphs_test", "DEF")
+LIBRARY.define("pair(Tensor x) -> (Tensor, Tensor)")
+LIBRARY.impl("pair", lambda x: (x * 2, x + 1), "CompositeExplicitAutograd")
+torch.library.register_fake("graphs_test::pair", lambda x: (x * 2, x + 1), lib=LIBRARY)
+LIBRARY.define("square_(Tensor(a!) x, SymInt n) -> ()")
+LIBRARY.impl("square_", lambda x, n: _square(x, n), "CompositeExplicitAutograd")
+torch.library.register_fake("graphs_test::square_", lambda x, n: None, lib=LIBRARY)
+SEEN: list[tuple[int, ...]] = []  # the shapes that split operators got
+
+
+def _square(x: Tensor, n: int) -> None:
+    SEEN.append((*x.shape, n))
+    x.square_()
+
 
 def tensors_of(value: Any) -> list[Tensor]:
     values = value if isinstance(value, (tuple, list)) else [value]
@@ -141,3 +156,27 @@ class Model(nn.Module):
 def batch(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 32, (tokens,), generator=generator), torch.arange(tokens)
+
+
+def make(*, split_ops: Any = ("tpfuse::attention",), **settings: Any) -> tuple[graphs.Piecewise, StandIn]:
+    stand_in = StandIn()
+    return graphs.Piecewise(split_ops, SIZES, mechanism=stand_in, **settings), stand_in
+
+
+def compiled(model: Callable[..., Any], backend: graphs.Piecewise) -> Callable[..., Any]:
+    step = torch.compile(model, backend=backend, fullgraph=True)
+
+    def marked(*inputs: Tensor) -> Any:
+        for tensor in inputs:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return step(*inputs)
+
+    return marked
+
+
+def rows(tokens: int, width: int = 8) -> Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens))
+
+
+def equal(given: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-6)

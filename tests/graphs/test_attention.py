@@ -42,6 +42,28 @@ def test_sparse_sees_what_is_selected_and_not_the_future() -> None:
     assert not given[5].any()
 
 
+def test_what_is_selected_beyond_the_keys_is_not_seen() -> None:
+    q, k, v = qkv(3)
+    inside, beyond = torch.tensor([[0], [1], [2]]), torch.tensor([[0, 3], [1, 7], [2, 100]])
+    attend = graphs.attention("x")
+    torch.testing.assert_close(attend(q, k, v, selected=beyond), attend(q, k, v, selected=inside), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("selected", [None, torch.tensor([[0, -1], [0, 1], [1, 2]])])
+def test_what_is_not_finite_stays_so(selected: Tensor | None) -> None:
+    q, k, v = qkv(3)
+    q[1] = torch.nan
+    given = graphs.attention("x")(q, k, v, selected=selected)
+    assert given[1].isnan().all()
+    assert given[[0, 2]].isfinite().all()
+
+
+def test_fewer_keys_than_tokens_are_an_error() -> None:
+    q, k, v = qkv(3)
+    with pytest.raises(InvalidArgument, match="2 keys for 3 tokens"):
+        graphs.attention("x")(q, k[:2], v[:2])
+
+
 @pytest.mark.parametrize("selected", [None, torch.arange(16)[None, :].expand(16, 16)])
 def test_accumulated_in_fp32_and_cast_once(selected: Tensor | None) -> None:
     q, k, v = qkv(16, torch.bfloat16)

@@ -10,7 +10,7 @@ The operator knows its attention by name, as the other operators know their comm
 from __future__ import annotations
 
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,8 +39,12 @@ class Attention:
     def __init__(self, name: str, core: Core | None, out: Tensor | None) -> None:
         serial = _made.get(name, 0)
         _made[name] = serial + 1
-        self.name, self.core, self.out = f"{name}/{serial}", core, out
+        self.given, self.name, self.core, self.out = name, f"{name}/{serial}", core, out
         _by_name[self.name] = self
+
+    def __reduce__(self) -> Any:
+        """A copy is a layer of its own: an operator's name leads to one core."""
+        return Attention, (self.given, self.core, self.out)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, selected: Tensor | None = None, out: Tensor | None = None
@@ -103,27 +107,34 @@ def attention(name: str, core: Core | None = None, *, out: Tensor | None = None)
 def dense(q: Tensor, k: Tensor, v: Tensor, *, selected: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Causal attention in plain torch. q: `[T, heads, D]`; k, v: `[K, kv_heads, D]`, the last T of them q's own
     tokens. Returns `[T, heads, D]`, float32, accumulated in it."""
-    past = k.shape[0] - q.shape[0]
-    visible = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device).tril(past)
-    return _attend(q, k, v, visible)
+    return _attend(q, k, v, _causal(q, k))
 
 
 def sparse(q: Tensor, k: Tensor, v: Tensor, *, selected: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """`dense`, restricted to keys that are selected: `[T, n]`, positions in k; negative ones are ignored, later ones
     than the token itself are not seen. A token that sees nothing gets zeros."""
     assert selected is not None
+    keys = k.shape[0]
+    chosen = torch.zeros(q.shape[0], keys + 1, dtype=torch.bool, device=q.device)
+    chosen.scatter_(1, torch.where((selected < 0) | (selected >= keys), keys, selected).long(), True)
+    return _attend(q, k, v, chosen[:, :-1] & _causal(q, k))
+
+
+def _causal(q: Tensor, k: Tensor) -> Tensor:
     past = k.shape[0] - q.shape[0]
-    chosen = torch.zeros(q.shape[0], k.shape[0] + 1, dtype=torch.bool, device=q.device)
-    chosen.scatter_(1, torch.where(selected < 0, k.shape[0], selected).long(), True)
-    causal = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device).tril(past)
-    return _attend(q, k, v, chosen[:, :-1] & causal)
+    if past < 0:
+        raise InvalidArgument(
+            f"attention: {k.shape[0]} keys for {q.shape[0]} tokens; needed: the tokens' own, at least."
+        )
+    return torch.ones(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device).tril(past)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     group = q.shape[1] // k.shape[1]
     keys, values = (x.float().repeat_interleave(group, 1) for x in (k, v))
     scores = torch.einsum("thd,khd->htk", q.float(), keys) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)  # tokens that see nothing
     return torch.einsum("htk,khd->thd", weights, values)
 
 

@@ -22,11 +22,14 @@ import contextlib
 import ctypes
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from tpfuse.errors import Unsupported
+
+CIRCLE = 32  # streams that torch has for a device and priority
 CAPTURE_INVALID = 2  # CU_STREAM_CAPTURE_STATUS_INVALIDATED
 THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
@@ -99,6 +102,8 @@ class CudaGraphs:
     def why_not(self, device: torch.device) -> str:
         if device.type != "cuda":
             return f"tensors are on {device.type}; CUDA graphs need GPUs"
+        if device.index != torch.cuda.current_device():
+            return f"tensors are on {device}, the current device is {torch.cuda.current_device()}"
         if torch.cuda.is_current_stream_capturing():
             return "inside a capture of the caller's: recorded into that"
         return ""
@@ -113,7 +118,7 @@ class CudaGraphs:
     @contextlib.contextmanager
     def aside(self, lane: Hashable) -> Iterator[None]:
         if lane not in self._streams:
-            self._streams[lane] = torch.cuda.Stream()
+            self._streams[lane] = self._stream_of_its_own(lane)
         stream, current = self._streams[lane], torch.cuda.current_stream()
         stream.wait_stream(current)
         try:
@@ -121,6 +126,16 @@ class CudaGraphs:
                 yield
         finally:
             current.wait_stream(stream)
+
+    def _stream_of_its_own(self, lane: Any) -> torch.cuda.Stream:
+        """torch hands streams out in a circle of 32, so a new one may be another lane's, or one that calls come on."""
+        taken = {stream.cuda_stream for stream in self._streams.values()}
+        taken |= {handle for _, handle in (lane, *cast("list[tuple[int, int]]", list(self._streams)))}
+        for _ in range(CIRCLE):
+            stream = torch.cuda.Stream()
+            if stream.cuda_stream not in taken:
+                return stream
+        raise Unsupported(f"Piecewise: calls came on {len(self._streams) + 1} streams, and each needs another one.")
 
     def capture(self, run: Callable[..., Any], inputs: Sequence[Any], pool: Any, lane: Hashable) -> tuple[Graph, Any]:
         graph = torch.cuda.CUDAGraph()

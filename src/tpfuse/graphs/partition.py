@@ -1,8 +1,6 @@
 """From a traced graph to steps: pieces, which can be captured, and the operators between them, which can't.
 
-Every value that crosses a border between steps has a slot, and a spec that says what it is for a given number of
-tokens: `Rows` (a tensor with tokens along one dimension), `Count` (a whole number made of the number of tokens),
-`Fixed` (everything else). Specs come from the shapes of the trace, so that a value never has to be asked.
+Every value that crosses a border between steps has a slot, and a spec (`specs`).
 
 The cutting is torch.fx's `split_module`. An operator that is split off takes along the nodes that pick its results
 apart, so tuples never cross a border; a step that computes only whole numbers is dropped, since specs know them.
@@ -12,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -24,62 +22,11 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.passes.split_module import split_module
 
 from tpfuse.errors import InvalidArgument
+from tpfuse.graphs import rowwise
+from tpfuse.graphs.specs import Count, Fixed, Rows, Spec, expression_of, spec_of, value_of
 
 Compiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]  # a piece and its example inputs, to a callable
 SplitOp = str | OpOverload | OpOverloadPacket | Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A tensor whose dimension `dim` holds `per_token` entries for each token."""
-
-    dim: int
-    per_token: int
-    shape: tuple[int, ...]  # for one token
-    dtype: torch.dtype
-    device: torch.device
-
-    def numel(self, tokens: int) -> int:
-        n = tokens
-        for size in self.shape:
-            n *= size
-        return n
-
-    def shape_of(self, tokens: int) -> tuple[int, ...]:
-        return (*self.shape[: self.dim], self.per_token * tokens, *self.shape[self.dim + 1 :])
-
-    def first(self, tensor: Tensor, tokens: int) -> Tensor:
-        """The part of a longer tensor that belongs to the first `tokens` tokens: a view."""
-        return tensor.narrow(self.dim, 0, self.per_token * tokens)
-
-    def after(self, tensor: Tensor, tokens: int) -> Tensor:
-        """The rest: the padding. A view."""
-        start = self.per_token * tokens
-        return tensor.narrow(self.dim, start, tensor.shape[self.dim] - start)
-
-    def tokens_of(self, tensor: Tensor) -> int:
-        return tensor.shape[self.dim] // self.per_token
-
-
-@dataclass(frozen=True)
-class Count:
-    """A whole number that depends on the number of tokens alone."""
-
-    expression: sympy.Expr
-    _known: dict[int, int] = field(default_factory=dict, compare=False)
-
-    def at(self, tokens: int) -> int:
-        if tokens not in self._known:
-            self._known[tokens] = int(self.expression.xreplace({_TOKENS: sympy.Integer(tokens)}))
-        return self._known[tokens]
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """What doesn't depend on the number of tokens: weights, caches, constants."""
-
-
-Spec = Rows | Count | Fixed
 
 
 @dataclass(frozen=True)
@@ -87,7 +34,8 @@ class Step:
     """One part of the graph. Calls get the values of `inputs`, and give those of `outputs`, both by slot."""
 
     name: str
-    run: Callable[..., Any]
+    run: Callable[..., Any]  # compiled, if it is a piece and the backend has a compiler
+    traced: Callable[..., Any]  # takes inputs of any strides
     piece: bool  # captured; else an operator that was split off
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -136,8 +84,13 @@ class Partition:
 def split_targets(ops: Collection[SplitOp]) -> frozenset[Any]:
     """The targets of nodes to split at. ops: "tpfuse::attention", torch.ops.x.y, torch.ops.x.y.default, a function.
 
-    Raises InvalidArgument for names that no operator has.
+    Raises InvalidArgument for names that no operator has, and for what is neither a name nor can be called.
     """
+    for op in ops:
+        if not isinstance(op, str) and not callable(op):
+            raise InvalidArgument(
+                f"Piecewise: split_ops has {op!r}; needed: 'namespace::name', an operator of torch.ops, or a function."
+            )
     return frozenset(_named(op) if isinstance(op, str) else op for op in ops)
 
 
@@ -156,48 +109,68 @@ def _named(name: str) -> Any:
 
 
 def splits(node: Node, targets: frozenset[Any]) -> bool:
-    """Whether a node calls one of the operators; an operator's name without an overload means all of them."""
-    if node.op != "call_function":
+    """Whether a node calls one of the operators; an operator's name without an overload means all of them, and torch's
+    own operators are meant as functions and as methods, too, since that is how a traced model calls them."""
+    return any(calls(node, target) for target in targets)
+
+
+def calls(node: Node, target: Any) -> bool:
+    """Whether a node calls this operator."""
+    if node.op not in ("call_function", "call_method"):
         return False
-    target = node.target
-    if isinstance(target, OpOverload):
-        return target in targets or target.overloadpacket in targets
-    if isinstance(target, OpOverloadPacket):
-        return target in targets or any(isinstance(op, OpOverload) and op.overloadpacket is target for op in targets)
-    return target in targets
+    found = node.target
+    if found is target:
+        return True
+    if isinstance(found, (OpOverload, OpOverloadPacket)) and isinstance(target, (OpOverload, OpOverloadPacket)):
+        both = isinstance(found, OpOverload) and isinstance(target, OpOverload)
+        return not both and _packet(found) is _packet(target)
+    name = _torch_name(target)
+    return name != "" and name == (found if isinstance(found, str) else _torch_name(found))
 
 
-def value_of(node: Node) -> Any:
-    """The example value that the trace left: a fake tensor, a SymInt, or nothing."""
-    return node.meta.get("example_value", node.meta.get("val"))
+def _packet(op: OpOverload | OpOverloadPacket) -> OpOverloadPacket:
+    return op.overloadpacket if isinstance(op, OpOverload) else op
 
 
-def has_tokens(graph: GraphModule) -> bool:
-    """Whether shapes of a graph's inputs depend on the number of tokens, the one dynamic dimension that there may be.
+def _torch_name(target: Any) -> str:
+    """The name by which torch has an operation as a method or function; empty for what is not torch's own."""
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        space, _, name = str(_packet(target)).rpartition(".")
+        return name if space == "aten" else ""
+    module = getattr(getattr(target, "__objclass__", target), "__module__", None)
+    return getattr(target, "__name__", "") if str(module).partition(".")[0] == "torch" else ""
 
-    torch may have several symbols for it (nothing in the graph tells that two inputs must agree), so what counts is
-    their values in the trace; `Partition.tokens` compares them in each call. Raises InvalidArgument where they differ.
+
+def token_symbols(graph: GraphModule) -> frozenset[sympy.Symbol]:
+    """What stands for the number of tokens in the shapes of a graph's inputs; empty where they are constants.
+
+    Tokens are the one dynamic dimension that there may be. torch may have several symbols for it (nothing in the graph
+    tells that two inputs must agree), so what counts is their values in the trace; `Partition.tokens` compares them in
+    each call. Raises InvalidArgument where they differ.
     """
     where: dict[Any, list[str]] = {}
+    symbols: set[sympy.Symbol] = set()
     for node in graph.graph.find_nodes(op="placeholder"):
         value = value_of(node)
         sizes = value.shape if isinstance(value, Tensor) else ()
         for dim, size in enumerate(sizes):
-            if isinstance(size, torch.SymInt) and _expression(size).free_symbols:
+            if isinstance(size, torch.SymInt) and (found := expression_of(size).free_symbols):
+                symbols |= found
                 where.setdefault(_traced_value(size), []).append(f"dimension {dim} of {node.name}")
     if len(where) > 1:
-        found = "; ".join(f"{value}: {', '.join(places[:3])}" for value, places in where.items())
+        each = "; ".join(f"{value}: {', '.join(places[:3])}" for value, places in where.items())
         raise InvalidArgument(
-            f"Piecewise: the graph has {len(where)} dynamic dimensions ({found}); supported: one, the number of "
+            f"Piecewise: the graph has {len(where)} dynamic dimensions ({each}); supported: one, the number of "
             "tokens. Compile without dynamic=True, and mark only the tokens, with torch._dynamo.mark_dynamic; if "
-            "torch made another one dynamic because it changed between calls, torch._dynamo.mark_static keeps it."
+            "torch made another one dynamic because it changed between calls (a cache), torch._dynamo.mark_static "
+            "keeps it."
         )
-    return bool(where)
+    return frozenset(symbols)
 
 
 def _traced_value(size: torch.SymInt) -> Any:
     """The number of tokens when the graph was traced, as far as `size` tells."""
-    expression = _expression(size)
+    expression = expression_of(size)
     if not expression.is_Symbol:
         return f"tokens from {expression}"
     return size.node.hint if size.node.has_hint() else "unbacked"
@@ -213,14 +186,16 @@ def partition(graph: GraphModule, targets: frozenset[Any], compiler: Compiler | 
     parts = _parts(graph, targets)
     eager = {f"submod_{part}" for node, part in parts.items() if splits(node, targets)}
     cut = split_module(graph, None, lambda node: parts[node], keep_original_order=True)  # type: ignore[arg-type]
-    table = _Slots()
+    table = _Slots(token_symbols(graph))
     for node in cut.graph.find_nodes(op="placeholder"):
-        table.add(node, value_of(node))
+        table.copied.add(table.add(node, value_of(node)))
     inputs = len(table.specs)
     steps = []
     for node in cut.graph.find_nodes(op="call_module"):
-        step = _step(node, cut.get_submodule(str(node.target)), str(node.target) not in eager, table, compiler)
-        if not step.outputs or not all(isinstance(table.specs[slot], Count) for slot in step.outputs):
+        module = cut.get_submodule(str(node.target))
+        assert isinstance(module, GraphModule)
+        step = _step(node, module, str(node.target) not in eager, table, compiler)
+        if not (step.piece and _only_counts(module, [table.specs[slot] for slot in step.outputs])):
             steps.append(step)
     _check_borders(steps, table)
     counted = tuple(slot for slot, spec in enumerate(table.specs[:inputs]) if isinstance(spec, Rows))
@@ -246,20 +221,27 @@ def _parts(graph: GraphModule, targets: frozenset[Any]) -> dict[Node, int]:
 class _Slots:
     """Slots while they are handed out."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: frozenset[sympy.Symbol]) -> None:
+        self.tokens = tokens
         self.of: dict[Node, int] = {}
         self.specs: list[Spec] = []
         self.names: list[str] = []
+        self.copied: set[int] = set()  # what pieces read from a padded buffer: inputs, results of split operators
 
     def add(self, node: Node, value: Any, name: str = "") -> int:
         self.of[node] = len(self.specs)
-        self.specs.append(_spec(name or node.name, value))
+        self.specs.append(spec_of(name or node.name, value, self.tokens))
         self.names.append(name or node.name)
         return self.of[node]
 
 
-def _step(node: Node, module: torch.nn.Module, piece: bool, table: _Slots, compiler: Compiler | None) -> Step:
-    assert isinstance(module, GraphModule)
+def _only_counts(module: GraphModule, outputs: Sequence[Spec]) -> bool:
+    """Whether a piece does nothing but compute with the number of tokens, which specs know."""
+    made = (value_of(node) for node in module.graph.nodes if node.op not in ("placeholder", "output"))
+    return all(isinstance(spec, Count) for spec in outputs) and not any(isinstance(v, Tensor | None) for v in made)
+
+
+def _step(node: Node, module: GraphModule, piece: bool, table: _Slots, compiler: Compiler | None) -> Step:
     inputs = tuple(_known(argument, table) for argument in node.args)
     returned = module.graph.output_node().args[0]
     if isinstance(returned, Node):
@@ -270,29 +252,62 @@ def _step(node: Node, module: torch.nn.Module, piece: bool, table: _Slots, compi
         outputs = tuple(
             table.add(picked.get(n, inner), value_of(inner), inner.name) for n, inner in enumerate(returned)
         )
-    _LazyGraphModule.force_recompile(module)
-    run: Callable[..., Any] = (
-        module.forward
-    )  # what a Module's call does besides costs more than a split operator's host
-    if piece and compiler is not None:
-        run = compiler(module, [value_of(argument) for argument in module.graph.find_nodes(op="placeholder")])
     arguments = module.graph.find_nodes(op="placeholder")
     slots = dict(zip(arguments, inputs, strict=True))
     writes = frozenset(slots[target] for inner in module.graph.nodes for target in _written(inner) if target in slots)
-    return Step(str(node.target), run, piece, inputs, outputs, isinstance(returned, Node), writes)
+    if piece:
+        refuse_writes(str(node.target), writes, table.specs, table.names)
+        rowwise.check(module, [table.specs[slot] for slot in inputs], [table.specs[slot] for slot in outputs])
+    else:
+        table.copied.update(outputs)
+    _LazyGraphModule.force_recompile(module)
+    run = traced = module.forward  # a Module's call does more, which costs more than a split operator's host
+    if piece and compiler is not None:
+        run = compiler(module, [_example(argument, slots[argument], table) for argument in arguments])
+    return Step(str(node.target), run, traced, piece, inputs, outputs, isinstance(returned, Node), writes)
+
+
+def refuse_writes(piece: str, written: Collection[int], specs: Sequence[Spec], names: Sequence[str]) -> None:
+    """Raises InvalidArgument where a piece writes to what has no tokens."""
+    fixed = [names[slot] for slot in sorted(written) if not isinstance(specs[slot], Rows)]
+    if fixed:
+        raise InvalidArgument(
+            f"Piecewise: {piece} writes to {', '.join(fixed)}, which has no dimension of tokens. A graph would do that "
+            "for padding, too, and again in each warm-up. Put the operator that writes among split_ops."
+        )
+
+
+def _example(argument: Node, slot: int, table: _Slots) -> Any:
+    """The example input of a piece, laid out as it will be: padded buffers are contiguous."""
+    value = value_of(argument)
+    return value.contiguous() if slot in table.copied and isinstance(table.specs[slot], Rows) else value
 
 
 def _written(node: Node) -> list[Node]:
-    """The arguments that an operator writes to, as its schema says. Other functions don't say."""
+    """The arguments that an operation says it writes to, by its schema or its name. Tensors count their writes besides,
+    so this is no complete list."""
     target = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
     if isinstance(target, OpOverloadPacket):
         target = getattr(target, target.overloads()[0])
-    if not isinstance(target, OpOverload):
-        return []
-    arguments = target._schema.arguments
-    given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | dict(node.kwargs)
-    written = (given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write)
-    return [value for value in written if isinstance(value, Node)]
+    if isinstance(target, OpOverload):
+        arguments = target._schema.arguments
+        given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | dict(node.kwargs)
+        written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    elif in_place or node.kwargs.get("inplace") is True or target in _ASSIGNMENTS:
+        written = [*node.args[:1], node.kwargs.get("out")]
+    else:
+        written = [node.kwargs.get("out")]
+    return [value for value in written if isinstance(value, Node) and isinstance(value_of(value), Tensor)]
+
+
+_ASSIGNMENTS = frozenset(
+    {
+        operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+        operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul,
+    }
+)  # fmt: skip
 
 
 def _check_borders(steps: Sequence[Step], table: _Slots) -> None:
@@ -320,37 +335,3 @@ def _slots_of_results(output: Node, table: _Slots) -> tuple[int | None, ...]:
     returned = output.args[0]
     assert isinstance(returned, (tuple, list))
     return tuple(None if value is None else _known(value, table) for value in returned)
-
-
-def _expression(size: Any) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
-
-
-_TOKENS = sympy.Symbol("tokens", integer=True, nonnegative=True)
-
-
-def _in_tokens(size: Any) -> sympy.Expr:
-    """A size in terms of the number of tokens: all symbols are that."""
-    expression = _expression(size)
-    return expression.xreplace(dict.fromkeys(expression.free_symbols, _TOKENS))
-
-
-def _spec(name: str, value: Any) -> Spec:
-    """What a value is, from its example."""
-    if isinstance(value, torch.SymInt):
-        expression = _in_tokens(value)
-        return Count(expression) if expression.free_symbols else Fixed()
-    if not isinstance(value, Tensor):
-        return Fixed()
-    shape = [_in_tokens(size) for size in value.shape]
-    dims = [dim for dim, size in enumerate(shape) if size.free_symbols]
-    if not dims:
-        return Fixed()
-    per_token = shape[dims[0]] / _TOKENS
-    if len(dims) > 1 or not per_token.is_Integer:
-        raise InvalidArgument(
-            f"Piecewise: {name} {tuple(map(str, shape))} crosses a border of a piece; supported: tokens, or a whole "
-            "multiple of them, in ONE dimension. Make it inside the operator that is split off, or inside one piece."
-        )
-    one = tuple(int(per_token) if dim == dims[0] else int(size) for dim, size in enumerate(shape))
-    return Rows(dims[0], int(per_token), one, value.dtype, value.device)

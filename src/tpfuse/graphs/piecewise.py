@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental import _config as shape_settings
 
-from tpfuse.errors import InvalidArgument, Unsupported
+from tpfuse.errors import InvalidArgument, TpfuseError, Unsupported
 from tpfuse.graphs.capture import CudaGraphs, Mechanism
-from tpfuse.graphs.partition import Compiler, SplitOp, has_tokens, partition, split_targets, splits, value_of
+from tpfuse.graphs.partition import Compiler, SplitOp, calls, partition, split_targets, splits, token_symbols
 from tpfuse.graphs.report import Counts, GraphReport, SizeCounter
 from tpfuse.graphs.runner import Runner, Settings
+from tpfuse.graphs.specs import value_of
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ class Piecewise:
     check_addresses: compare the addresses that graphs hold before each replay, and raise StaleGraph if one moved.
     mechanism: what records and replays; None: CUDA graphs.
 
-    Compiling raises InvalidArgument where a graph has dynamic dimensions besides tokens, and Unsupported where
-    gradients are needed. Calls raise CaptureFailed and StaleGraph.
+    The first call of a traced graph raises InvalidArgument where it has dynamic dimensions besides tokens, or a piece
+    that computes with all of its rows or writes to a cache, and Unsupported where gradients are needed. Any call may
+    raise CaptureFailed, StaleGraph, and Unsupported if it comes inside of another one.
     """
 
     def __init__(
@@ -81,18 +83,19 @@ class Piecewise:
         check_addresses: bool = True,
         mechanism: Mechanism | None = None,
     ) -> None:
-        rising = tuple(sorted(set(sizes)))
-        if not rising or not all(isinstance(size, int) and size > 0 for size in rising):
-            raise InvalidArgument(f"Piecewise: sizes={list(sizes)}; needed: one or more numbers of tokens, from 1 up.")
-        if not isinstance(warmup, int) or warmup < 0:
+        if not isinstance(sizes, Collection) or not sizes or not all(type(n) is int and n > 0 for n in sizes):
+            raise InvalidArgument(f"Piecewise: sizes={sizes!r}; needed: one or more numbers of tokens, from 1 up.")
+        if type(warmup) is not int or warmup < 0:
             raise InvalidArgument(f"Piecewise: warmup={warmup!r}; needed: a whole number of eager runs, from 0 up.")
-        if isinstance(split_ops, str):
+        if isinstance(split_ops, str) or not isinstance(split_ops, Collection):
             raise InvalidArgument(f"Piecewise: split_ops={split_ops!r}; needed: a list of operators.")
+        rising = tuple(sorted(set(sizes)))
         mechanism = CudaGraphs() if mechanism is None else mechanism
         counts = Counts({size: SizeCounter(size) for size in rising})
         pool = mechanism.new_pool() if pool is None else pool
         self._settings = Settings(rising, warmup, check_addresses, mechanism, pool, counts)
         self._targets, self._compiler = split_targets(split_ops), compiler
+        self._unseen = set(self._targets)  # in no graph so far
         self._runners: weakref.WeakSet[Runner] = weakref.WeakSet()
 
     @property
@@ -107,12 +110,24 @@ class Piecewise:
 
     def __call__(self, graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """What torch.compile calls with each graph that it has traced."""
+        try:
+            return self._compiled(graph, inputs)
+        except TpfuseError as error:  # torch would wrap it in one of its own; the call that follows raises it
+            refused = error
+
+        def refuse(*args: Any) -> Any:
+            raise refused
+
+        return refuse
+
+    def _compiled(self, graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         if torch.is_grad_enabled() and any(isinstance(given, Tensor) and given.requires_grad for given in inputs):
             raise Unsupported(
                 "Piecewise: gradients are enabled and needed; graphs are for inference. Call the model inside "
                 "torch.no_grad() or torch.inference_mode()."
             )
-        if not has_tokens(graph):
+        self._unseen -= {op for op in self._unseen if any(calls(node, op) for node in graph.graph.nodes)}
+        if not token_symbols(graph):
             return self._static(graph)
         runner = Runner(partition(graph, self._targets, self._compiler), self._settings)
         self._runners.add(runner)
@@ -128,7 +143,9 @@ class Piecewise:
                 f"Piecewise: the graph calls {split[0].target}, and has no dynamic dimension that could be tokens. "
                 "Mark it on the inputs before the first call: torch._dynamo.mark_dynamic(tensor, dim)."
             )
-        reason = "compiled for constant shapes: " + ("0 or 1 tokens" if split else "nothing to split at, no tokens")
+        reason = "compiled for constant shapes: " + (
+            "0 or 1 tokens, or none marked" if split else "nothing to split at, no tokens"
+        )
         counts = self._settings.counts
 
         def run(*args: Any) -> Any:
@@ -154,27 +171,44 @@ class Piecewise:
             task = bar.add_task("capturing", total=len(chosen))
             for size in chosen:
                 bar.update(task, description=f"capturing {size} tokens")
+                before = self._served(size)
                 step(size)
+                if self._served(size) == before:
+                    raise InvalidArgument(f"Piecewise: capture: step({size}) ran no graph of {size} tokens.")
                 bar.advance(task)
         self._settings.mechanism.give_back()  # what warm-ups took for themselves
+
+    def _served(self, size: int) -> int:
+        """How many calls went to this size, or nowhere since nothing is captured here."""
+        return self._settings.counts.sizes[size].calls + sum(self._settings.counts.eager.values())
 
     def clear(self) -> Cleared:
         """Give everything captured back, and the memory with it; the next calls capture again, in a new pool.
 
-        Waits for the device. A runner that fails to reset is reported, here, as a warning and in `report()`; the
-        others are cleared all the same.
+        Waits for the device. What fails, such as a runner that can't be reset, is reported, here, as a warning and in
+        `report()`; the others are cleared all the same. Raises Unsupported while a call runs.
         """
         settings, runners = self._settings, list(self._runners)
+        if any(runner.in_use for runner in runners):
+            raise Unsupported(
+                "Piecewise: clear() while a call runs, whose graphs it would free. Call it between calls."
+            )
         graphs = sum(counter.graphs for counter in self.report().sizes)
-        settings.mechanism.wait()
         failures: list[str] = []
-        for runner in runners:
+
+        def attempt(step: Callable[[], list[str] | None]) -> None:
             try:
-                failures += runner.clear()
+                failures.extend(step() or [])
             except Exception as error:
                 failures.append(f"{type(error).__name__}: {error}")
+
+        attempt(settings.mechanism.wait)
+        for runner in runners:
+            attempt(runner.clear)
+        if failures:
+            settings.unfreed.append(settings.pool)
         settings.pool = settings.mechanism.new_pool()
-        settings.mechanism.give_back()
+        attempt(settings.mechanism.give_back)
         settings.counts.failures += failures
         for failure in failures:
             warnings.warn(f"Piecewise.clear: {failure}", RuntimeWarning, stacklevel=2)
@@ -221,7 +255,8 @@ class Piecewise:
             misses=dict(counts.misses),
             eager=dict(counts.eager),
             failures=tuple(counts.failures),
-            pool_bytes=settings.mechanism.held(settings.pool),
+            unseen=tuple(sorted(map(str, self._unseen))),
+            pool_bytes=sum(settings.mechanism.held(pool) for pool in (settings.pool, *settings.unfreed)),
             buffer_bytes=sum(runner.buffer_bytes for runner in runners),
         )
 

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 
 @dataclass
 class SizeCounter:
-    """One captured size, over all runners. `graphs` are alive; everything else was counted since the backend was made.
+    """One captured size, over all runners; a call of a model is one of each of its traced graphs. `graphs` are alive;
+    everything else was counted since the backend was made.
 
     `calls` were served by this size, of them `replays` by graphs that were there already, the others captured them.
     `tokens` were asked for, `padding` was computed with them. `seconds` and `bytes`: what it took to capture the graphs
@@ -48,7 +50,8 @@ class Counts:
 @dataclass(frozen=True)
 class GraphReport:
     """What a Piecewise backend has done. `misses` had more tokens than the largest size, and ran eagerly; `eager`
-    calls could not be captured at all, by reason; `bytes` is what pools and padded buffers hold now."""
+    calls could not be captured at all, by reason; `unseen` operators of split_ops were in no graph; `bytes` is what
+    pools and padded buffers hold now."""
 
     mechanism: str
     runners: int
@@ -58,6 +61,7 @@ class GraphReport:
     misses: dict[int, int]
     eager: dict[str, int]
     failures: tuple[str, ...]
+    unseen: tuple[str, ...]
     pool_bytes: int
     buffer_bytes: int
 
@@ -101,6 +105,7 @@ class GraphReport:
         notes = [
             f"[yellow]miss:[/] {n:,} tokens, {calls:,} calls, run eagerly" for n, calls in sorted(self.misses.items())
         ]
-        notes += [f"[yellow]not captured:[/] {calls:,} calls: {reason}" for reason, calls in self.eager.items()]
-        notes += [f"[red]failed:[/] {failure}" for failure in self.failures]
+        notes += [f"[yellow]not captured:[/] {calls:,} calls: {escape(reason)}" for reason, calls in self.eager.items()]
+        notes += [f"[yellow]never seen:[/] {escape(op)}, of split_ops" for op in self.unseen]
+        notes += [f"[red]failed:[/] {escape(failure)}" for failure in self.failures]
         return Group(table, *notes)

@@ -15,11 +15,15 @@ Design record
   that don't exist. Tensors count their writes (`_version`), so this is an error and not a hope.
 - Addresses that graphs hold are compared on every replay: 0.08 µs a tensor, measured on a CPU. What operators inside a
   piece find for themselves (by name, in a closure) can't be seen: `Piecewise.clear` is for that.
+- Numbers that pieces compute with are in the graphs as they were. A call that brings another one runs eagerly, and is
+  counted: numbers change by design, addresses by mistake.
+- A lane serves one call at a time: a second one would overwrite its buffers. That is an error, not a wait.
 - Padded buffers are shared by all sizes of a lane: views of one allocation for the largest.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpfuse.errors import InvalidArgument, TpfuseError
+from tpfuse.errors import InvalidArgument, TpfuseError, Unsupported
 from tpfuse.graphs.capture import Graph, Mechanism
-from tpfuse.graphs.partition import Count, Partition, Rows, Step
+from tpfuse.graphs.partition import Partition, Step, refuse_writes
 from tpfuse.graphs.report import Counts
+from tpfuse.graphs.specs import Count, Rows
 
 
 class StaleGraph(TpfuseError):
@@ -52,6 +57,7 @@ class Settings:
     mechanism: Mechanism
     pool: Any
     counts: Counts
+    unfreed: list[Any] = field(default_factory=list)  # pools of graphs that could not be reset
 
     def size_for(self, tokens: int) -> int | None:
         """The smallest size with room; None: a miss."""
@@ -64,6 +70,7 @@ class Lane:
 
     buffers: dict[int, Tensor] = field(default_factory=dict)  # by slot, flat, for the largest size
     recordings: dict[int, Recording] = field(default_factory=dict)  # by size
+    in_use: threading.Lock = field(default_factory=threading.Lock)
 
     def buffer(self, slot: int, spec: Rows, size: int, largest: int) -> Tensor:
         """The padded buffer of a slot for `size` tokens, contiguous."""
@@ -80,7 +87,9 @@ class Recording:
     size: int
     graphs: dict[str, Graph] = field(default_factory=dict)  # by step
     padded: dict[int, Any] = field(default_factory=dict)
-    addresses: list[Any] = field(default_factory=list)  # of fixed inputs that pieces read
+    addresses: dict[int, int] = field(default_factory=dict)  # of fixed tensors that pieces read, by slot
+    numbers: dict[int, Any] = field(default_factory=dict)  # fixed numbers that pieces read, by slot
+    memory: frozenset[int] = frozenset()  # storages that replays write to
     written: set[int] = field(default_factory=set)  # graph inputs that a step writes to
     seconds: float = 0.0  # of its capture, warm-ups included
     bytes: int = 0  # by which the pool grew
@@ -95,7 +104,6 @@ class Recording:
                 failures.append(f"{name} at {self.size} tokens: {error}")
         self.graphs.clear()
         self.padded.clear()
-        self.addresses.clear()
         return failures
 
 
@@ -111,6 +119,7 @@ class Runner:
         outside = [slot for step in parts.steps if not step.piece for slot in step.outputs]
         self._copied = frozenset(n for n in outside if n in read and isinstance(parts.specs[n], Rows))
         self._fixed = tuple(n for n in inputs if n in read and not isinstance(parts.specs[n], (Rows, Count)))
+        self._laid_out = self._copied.union(self._buffered)
         self._dropped = parts.dropped_after()
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
@@ -127,10 +136,27 @@ class Runner:
             return self._eagerly(args, tokens)
         lane_key = settings.mechanism.lane()
         lane = self.lanes.setdefault(lane_key, Lane())
-        recording = lane.recordings.get(size)
-        results = (
-            self._record(args, tokens, size, lane_key) if recording is None else self._replay(recording, args, tokens)
-        )
+        if not lane.in_use.acquire(blocking=False):
+            raise Unsupported(
+                "Piecewise: a call while another one of the same graph runs on this stream, which has one set of "
+                "buffers. Threads need a stream each, and a split operator must not call the model that it is in."
+            )
+        try:
+            return self._graphs(args, tokens, size, lane, lane_key)
+        finally:
+            lane.in_use.release()
+
+    def _graphs(self, args: Sequence[Any], tokens: int, size: int, lane: Lane, lane_key: Hashable) -> tuple[Any, ...]:
+        """Serve a call by the graphs of a size."""
+        counts, recording = self.settings.counts, lane.recordings.get(size)
+        if recording is None:
+            results = self._record(args, tokens, size, lane, lane_key)
+        else:
+            other = [self.parts.names[n] for n, was in recording.numbers.items() if not _same(_number(args[n]), was)]
+            if other:
+                counts.eager[f"another number than at the capture: {', '.join(other)}"] += 1
+                return self._eagerly(args, tokens)
+            results = self._replay(recording, args, tokens)
         counter = counts.sizes[size]
         counter.calls += 1
         counter.replays += recording is not None
@@ -141,6 +167,10 @@ class Runner:
     @property
     def buffer_bytes(self) -> int:
         return sum(buffer.nbytes for lane in self.lanes.values() for buffer in lane.buffers.values())
+
+    @property
+    def in_use(self) -> bool:
+        return any(lane.in_use.locked() for lane in self.lanes.values())
 
     def clear(self) -> list[str]:
         """Drop everything captured: graphs, addresses, results, buffers. Returns what failed to reset, and goes on."""
@@ -155,12 +185,27 @@ class Runner:
         values = dict(enumerate(args))
         for step, dropped in zip(self.parts.steps, self._dropped, strict=True):
             given = [self._count(slot, tokens, values) for slot in step.inputs]
-            values.update(zip(step.outputs, step.values(step.run(*given)), strict=True))
+            run = step.run if self._contiguous(step, given) else step.traced
+            values.update(zip(step.outputs, step.values(run(*given)), strict=True))
             for slot in dropped:
                 values.pop(slot, None)
-        return tuple(None if slot is None else self._count(slot, tokens, values) for slot in self.parts.results)
+        return tuple(self._marked(slot, self._count(slot, tokens, values)) for slot in self.parts.results)
 
-    def _count(self, slot: int, tokens: int, values: dict[int, Any]) -> Any:
+    def _contiguous(self, step: Step, given: Sequence[Any]) -> bool:
+        """Whether a piece gets what graphs read from padded buffers laid out like these, for which it was compiled."""
+        slots = zip(step.inputs, given, strict=True)
+        return step.run is step.traced or all(v.is_contiguous() for slot, v in slots if slot in self._laid_out)
+
+    def _marked(self, slot: int | None, value: Any) -> Any:
+        """A result, on which the next graph of the model finds where its tokens are."""
+        spec = None if slot is None or slot < self.parts.inputs else self.parts.specs[slot]
+        if isinstance(spec, Rows):
+            torch._dynamo.maybe_mark_dynamic(value, spec.dim)
+        return value
+
+    def _count(self, slot: int | None, tokens: int, values: dict[int, Any]) -> Any:
+        if slot is None:
+            return None
         spec = self.parts.specs[slot]
         return spec.at(tokens) if isinstance(spec, Count) else values[slot]
 
@@ -183,6 +228,11 @@ class Runner:
             if slot in self._copied:
                 spec = self.parts.specs[slot]
                 assert isinstance(spec, Rows)
+                if tuple(value.shape) != spec.shape_of(tokens):
+                    raise InvalidArgument(
+                        f"Piecewise: {step.name} returned {list(value.shape)} as {self.parts.names[slot]} for {tokens} "
+                        f"tokens; its fake implementation says {list(spec.shape_of(tokens))}."
+                    )
                 self._fill(padded[slot], spec, value, tokens, size)
 
     def _real(self, slot: int, padded: dict[int, Any], outside: dict[int, Any], tokens: int, size: int) -> Any:
@@ -199,22 +249,44 @@ class Runner:
         self, recording: Recording, padded: dict[int, Any], outside: dict[int, Any], args: Sequence[Any], tokens: int
     ) -> tuple[Any, ...]:
         size = recording.size
+        if recording.written:
+            self._refuse_shared(recording.written, args)
         for slot in recording.written:
             args[slot].copy_(self._real(slot, padded, outside, tokens, size))
-        own = (None if slot is None else self._own(slot, padded, outside, tokens, size) for slot in self.parts.results)
-        return tuple(own)
+        return tuple(
+            None if slot is None else self._marked(slot, self._own(slot, recording, padded, outside, tokens))
+            for slot in self.parts.results
+        )
 
-    def _own(self, slot: int, padded: dict[int, Any], outside: dict[int, Any], tokens: int, size: int) -> Any:
+    def _refuse_shared(self, written: set[int], args: Sequence[Any]) -> None:
+        """Inputs are copied to buffers each, so what is written to one is not seen in another."""
+        owner: dict[int, int] = {}
+        for slot in self._buffered:
+            other = owner.setdefault(args[slot].untyped_storage().data_ptr(), slot)
+            if other != slot and {slot, other} & written:
+                raise InvalidArgument(
+                    f"Piecewise: {self.parts.names[other]} and {self.parts.names[slot]} share memory, and the model "
+                    "writes to one of them; each has a buffer of its own here. Give it tensors of their own."
+                )
+
+    def _own(
+        self, slot: int, recording: Recording, padded: dict[int, Any], outside: dict[int, Any], tokens: int
+    ) -> Any:
         """A result for the caller, which the next replay does not touch."""
         if slot < self.parts.inputs and not isinstance(self.parts.specs[slot], Count):
             return outside[slot]
-        value = self._real(slot, padded, outside, tokens, size)
-        return value.clone() if isinstance(value, Tensor) and slot in padded else value
+        value = self._real(slot, padded, outside, tokens, recording.size)
+        if not isinstance(value, Tensor):
+            return value
+        ours = slot in padded or value.untyped_storage().data_ptr() in recording.memory
+        return value.clone() if ours else value
 
     def _replay(self, recording: Recording, args: Sequence[Any], tokens: int) -> tuple[Any, ...]:
         size, padded = recording.size, recording.padded
-        if self.settings.check_addresses and self._addresses(args) != recording.addresses:
-            raise StaleGraph(self._moved(recording, args))
+        if self.settings.check_addresses:
+            moved = [n for n, address in recording.addresses.items() if args[n].data_ptr() != address]
+            if moved:
+                raise StaleGraph(self._moved(recording, moved))
         outside = dict(enumerate(args))
         self._load(padded, args, tokens, size)
         for step in self.parts.steps:
@@ -224,23 +296,16 @@ class Runner:
                 self._split(step, padded, outside, tokens, size)
         return self._results(recording, padded, outside, args, tokens)
 
-    def _addresses(self, args: Sequence[Any]) -> list[Any]:
-        return [_identity(args[slot]) for slot in self._fixed]
-
-    def _moved(self, recording: Recording, args: Sequence[Any]) -> str:
-        now = self._addresses(args)
-        moved = [
-            self.parts.names[slot] for slot, a, b in zip(self._fixed, now, recording.addresses, strict=True) if a != b
-        ]
+    def _moved(self, recording: Recording, slots: Sequence[int]) -> str:
         return (
-            f"Piecewise: {', '.join(moved[:5])} moved since {recording.size} tokens were captured, so a replay would "
-            "read memory that may be freed, or old numbers. Call backend.clear() when weights or caches move; the "
-            "next calls capture again."
+            f"Piecewise: {', '.join(self.parts.names[slot] for slot in slots[:5])} moved since {recording.size} tokens "
+            "were captured, so a replay would read memory that may be freed, or old numbers. Call backend.clear() when "
+            "weights or caches move; the next calls capture again."
         )
 
-    def _record(self, args: Sequence[Any], tokens: int, size: int, lane_key: Hashable) -> tuple[Any, ...]:
+    def _record(self, args: Sequence[Any], tokens: int, size: int, lane: Lane, lane_key: Hashable) -> tuple[Any, ...]:
         """Serve a call and capture its size on the way."""
-        settings, lane = self.settings, self.lanes[lane_key]
+        settings = self.settings
         began, held = time.perf_counter(), settings.mechanism.held(settings.pool)
         recording = Recording(size)
         try:
@@ -275,7 +340,13 @@ class Runner:
                 recording.written |= {slot for slot in inputs if slot in step.writes} | _changed(inputs, before)
             for slot in dropped:
                 owned.pop(slot, None)
-        recording.addresses = self._addresses(args)
+        for slot in self._fixed:
+            if _is_number(args[slot]):
+                recording.numbers[slot] = _number(args[slot])
+            elif isinstance(args[slot], Tensor):
+                recording.addresses[slot] = args[slot].data_ptr()
+        whole = (value for value in recording.padded.values() if isinstance(value, Tensor))
+        recording.memory = frozenset(value.untyped_storage().data_ptr() for value in whole)
         return self._results(recording, recording.padded, outside, args, tokens)
 
     def _capture(
@@ -283,7 +354,7 @@ class Runner:
     ) -> None:
         """Warm a piece up, capture it, and run it by its first replay."""
         settings, size = self.settings, recording.size
-        inputs = {slot: self._whole(slot, owned, outside, size) for slot in step.inputs}
+        inputs = {slot: _counted(self._whole(slot, owned, outside, size)) for slot in step.inputs}
         try:
             self._warm_up(step, inputs, lane_key)
             watched = inputs | {slot: recording.padded[slot] for slot in self._buffered}
@@ -297,13 +368,7 @@ class Runner:
             ) from error
         recording.graphs[step.name] = graph
         written = step.writes | _changed(watched, before)
-        fixed = [self.parts.names[slot] for slot in written if not isinstance(self.parts.specs[slot], Rows)]
-        if fixed:
-            raise InvalidArgument(
-                f"Piecewise: {step.name} writes to {', '.join(fixed)}, which has no dimension of tokens. A graph "
-                "would do that for padding, too, and again in each warm-up. Put the operator that writes among "
-                "split_ops."
-            )
+        refuse_writes(step.name, written, self.parts.specs, self.parts.names)
         recording.written |= written & set(self._buffered)
         for slot, value in zip(step.outputs, step.values(returned), strict=True):
             owned[slot] = value
@@ -340,11 +405,26 @@ def _changed(tensors: dict[int, Any], before: dict[int, int]) -> set[int]:
     return {slot for slot, writes in _writes(tensors).items() if writes != before[slot]}
 
 
-def _identity(value: Any) -> Any:
-    """What a graph has of a fixed input: an address, or the number itself (torch wraps numbers as tensors of a CPU)."""
-    if not isinstance(value, Tensor):
+def _counted(value: Any) -> Any:
+    """The same memory as a tensor that counts writes, which those of inference mode don't."""
+    if not isinstance(value, Tensor) or not value.is_inference() or type(value) not in (Tensor, torch.nn.Parameter):
         return value
-    return value.item() if value.dim() == 0 and value.device.type == "cpu" else value.data_ptr()
+    with torch.inference_mode(False):
+        alias = torch.empty(0, dtype=value.dtype, device=value.device)
+        return alias.set_(value.untyped_storage(), value.storage_offset(), value.size(), value.stride())
+
+
+def _is_number(value: Any) -> bool:
+    """torch wraps numbers as tensors of a CPU."""
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0 and not value.is_cuda)
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(a == b) or (a != a and b != b)
 
 
 def _overlaps(tensor: Tensor) -> bool:

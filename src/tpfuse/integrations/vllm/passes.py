@@ -1,8 +1,8 @@
 """All-reduce + norm in compiled graphs: a pass among vLLM's post-grad passes.
 
 It stands behind those that remove no-ops, shard sequences, and make one operator of add and norm (for models of
-transformers), and before all that fuse a norm: vLLM's own all-reduce fusion, which then finds only what was kept for it,
-and its norm + quantisation.
+transformers), and before all that fuse a norm: vLLM's own all-reduce fusion, which then finds only what was kept for
+it, and its norm + quantisation.
 """
 
 from __future__ import annotations
