@@ -313,6 +313,7 @@ LEFT = {
     "control": "mode control",
     "another group": "another group",
     "unknown experts": "another group",
+    "experts of a draft": "another group",
     "addition": "something is added to the residual",
     "cast first": "a norm of its own kind",
     "part of the row": "a norm of its own kind",
@@ -327,10 +328,12 @@ LEFT = {
 @pytest.mark.parametrize("case", LEFT)
 def test_a_boundary_calls_through_where_it_does_not_serve(case, alone):
     width = 65 if case == "too wide" else WIDTH
-    norm, x, group = stand_ins.RMSNorm(width), torch.randn(3, width), GROUP
+    norm, x, group, experts = stand_ins.RMSNorm(width), torch.randn(3, width), GROUP, None
     residual, addition = x.bfloat16() if case == "another residual" else x, None
-    if case == "another group":
+    if case in ("another group", "experts of a draft"):
         group = group_of([2])
+    if case == "experts of a draft":
+        experts = GROUP
     if case == "addition":
         addition = torch.ones_like(x)
     if case == "cast first":
@@ -344,8 +347,8 @@ def test_a_boundary_calls_through_where_it_does_not_serve(case, alone):
     if case == "strided gamma":
         norm.weight.data = torch.rand(2 * width)[::2]
     state.current = stand_ins.engaged(alone, GROUP, "control" if case == "control" else "fused")
-    method = stand_ins.hooked(group)["norm"]
-    attention = case != "unknown experts"
+    method = stand_ins.hooked(group, experts)["norm"]
+    attention = "experts" not in case
     try:
         found = method(norm, x, residual, addition, use_attn_tp_group=attention)
         expected = method.__wrapped__(norm, x, residual, addition)

@@ -63,8 +63,12 @@ def forward_for(attention: Group, experts: Group | None, weight_bias: float) -> 
         engaged = state.current
         if engaged is None or residual is None:  # without a residual there is nothing to reduce either
             return stock(norm, x, residual, post_residual_addition, use_attn_tp_group)
-        group = attention if use_attn_tp_group else experts
-        reason = "" if group is not None and same(group(), engaged.group) else "another group"
+        # While a draft model has an attention-TP group of its own, SGLang sums the experts' outputs over as many ranks,
+        # but names the target's group for them. So both groups are asked.
+        ours = same(attention(), engaged.group)
+        if not use_attn_tp_group:
+            ours = ours and experts is not None and same(experts(), engaged.group)
+        reason = "" if ours else "another group"
         if post_residual_addition is not None:
             reason = "something is added to the residual"
         reason = reason or why_not(norm) or engaged.why_not_boundary(x, residual, norm.weight)
