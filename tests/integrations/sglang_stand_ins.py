@@ -1,5 +1,5 @@
 """Stand-ins for what the integration needs of SGLang: the names, arguments and attributes of the release that
-docs/sglang.md names, and a registry of hooks. Written for these tests; SGLang itself has not been used.
+docs/sglang.md names, and a registry of hooks. Written for these tests; SGLang itself is in test_sglang_itself.py.
 """
 
 from __future__ import annotations
