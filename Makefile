@@ -25,13 +25,13 @@ PNG = $(OUT)/ops-$(PRESET).png
 .PHONY: help bench test gpu-test vllm-test sglang-test lint clean
 
 help:
-	@echo 'make bench     check every op, then time them against baselines: on all GPUs, or on 2 CPU ranks'
-	@echo 'make test      the tests; those that need GPUs are left out where there are none'
-	@echo 'make gpu-test  the tests that need GPUs (4)'
-	@echo 'make vllm-test the tests that need vLLM, on CPUs; installs it into .venv-vllm, with some GB of CUDA'
+	@echo 'make bench        check every op, then time them against baselines: on all GPUs, or on 2 CPU ranks'
+	@echo 'make test         the tests; those that need GPUs are left out where there are none'
+	@echo 'make gpu-test     the tests that need GPUs (4)'
+	@echo 'make vllm-test    the tests that need vLLM, on CPUs; installs it into .venv-vllm, with some GB of CUDA'
 	@echo 'make sglang-test  the tests that need SGLang, on CPUs; installs it into .venv-sglang, without its kernels'
-	@echo 'make lint      ruff, its formatter, and mypy'
-	@echo 'make clean     remove .venv, .venv-vllm, .venv-sglang and out'
+	@echo 'make lint         ruff, its formatter, and mypy'
+	@echo 'make clean        remove .venv, .venv-vllm, .venv-sglang and out'
 	@echo
 	@echo 'PYTHON=$(PYTHON)  VENV=$(VENV)  EXTRAS=$(EXTRAS)  PRESET=$(PRESET)  OUT=$(OUT)'
 	@echo 'VLLM=$(VLLM)  VLLM_VENV=$(VLLM_VENV)  SGLANG=$(SGLANG)  SGLANG_VENV=$(SGLANG_VENV)'
