@@ -116,6 +116,17 @@ def test_one_added_in_bf16_stays_added_in_bf16(serving):
     assert count(module.graph)["add"] == 1
 
 
+def test_an_addition_may_stand_either_way_round(serving):
+    """vLLM makes its operator of additions in models of transformers, in their order."""
+    given = rows(3, WIDTH), rows(3, WIDTH), rows(WIDTH)
+    module = traced(lambda x, r, w: ops.fused_add_rms_norm(r, all_reduce(x), w, 1e-6), *given)
+    assert fuse(module.graph, TARGETS).fused == 1
+    module.recompile()
+    exact = serving.comm.all_reduce_rms_norm(given[0], given[2], residual=given[1], eps=1e-6)
+    for y, wanted in zip(module(*given), (exact.norm, exact.residual), strict=True):
+        assert torch.equal(y, wanted)
+
+
 def test_a_sum_that_nobody_else_wants_is_not_returned(serving):
     module = traced(lambda x, w: ops.rms_norm(all_reduce(x), w, 1e-6), rows(3, WIDTH), rows(WIDTH))
     fuse(module.graph, TARGETS)
@@ -192,16 +203,17 @@ for _schema in (
     torch.library.register_fake(f"_C::{_name}", lambda *_, **__: None, lib=_KERNELS)
 
 
-def static_kernel(norm, scale):
+def static_kernel(norm, scale, **given):
     empty = torch.empty_like(norm, dtype=torch.float8_e4m3fn)
-    _, quant = auto_functionalized(torch.ops._C.static_scaled_fp8_quant.default, result=empty, input=norm, scale=scale)
+    kernel = torch.ops._C.static_scaled_fp8_quant.default
+    _, quant = auto_functionalized(kernel, result=empty, input=norm, scale=scale, **given)
     return (quant,)
 
 
-def per_token_kernel(norm, _):
+def per_token_kernel(norm, _, scale_ub=None):
     empty, scale = torch.empty_like(norm, dtype=torch.float8_e4m3fn), norm.new_empty((norm.shape[0], 1)).float()
     kernel = torch.ops._C.dynamic_per_token_scaled_fp8_quant.default
-    return auto_functionalized(kernel, result=empty, input=norm, scale=scale, scale_ub=None)[1:]
+    return auto_functionalized(kernel, result=empty, input=norm, scale=scale, scale_ub=scale_ub)[1:]
 
 
 def per_group_kernel(norm, _):
@@ -273,10 +285,13 @@ def test_what_vllm_computes_is_what_tpfuse_computes(name, wide):
         lambda norm, scale: per_token(norm * 2, scale)[0],
         lambda norm, scale: static(norm, (norm.abs().max().unsqueeze(-1).float() / 448.0).clamp(min=1e-6))[0],
         lambda norm, scale: static_kernel(norm, (norm.abs().max().unsqueeze(-1).float() / 448.0).clamp(min=1e-6))[0],
+        lambda norm, scale: static_kernel(norm, scale, group_shape=[1, 128])[0],
+        lambda norm, scale: per_token_kernel(norm, scale, scale_ub=scale)[0],
     ],
     ids=[
         "no reciprocal", "another range", "a scale for each row from elsewhere", "of another tensor",
-        "a scale of the norm itself", "a scale of the norm itself, kernel",
+        "a scale of the norm itself", "a scale of the norm itself, kernel", "scales by group, kernel",
+        "a bound on the scales, kernel",
     ],
 )  # fmt: skip
 def test_another_quantisation_stays_behind_the_fused_norm(other, wide):
@@ -342,6 +357,31 @@ X, R, W = rows(3, WIDTH), rows(3, WIDTH), rows(WIDTH)
             "x is torch.float64, gamma torch.bfloat16",
             lambda x, w: ops.rms_norm(all_reduce(x), w, 1e-6),
             (X.double(), W),
+        ),
+        (
+            "the residual is [1, 64], the sum [3, 64]",
+            lambda x, r, w: ops.fused_add_rms_norm(all_reduce(x), r, w, 1e-6),
+            (X, R[:1], W),
+        ),
+        (
+            "elements of a row of the residual are not contiguous",
+            lambda x, r, w: ops.fused_add_rms_norm(all_reduce(x), r, w, 1e-6),
+            (X, rows(WIDTH, 3).t(), W),
+        ),
+        (
+            "elements of a row are not contiguous",
+            lambda x, w: ops.rms_norm(all_reduce(x), w, 1e-6),
+            (rows(WIDTH, 3).t(), W),
+        ),
+        (
+            "the sum is its own residual",
+            lambda x, w: ops.fused_add_rms_norm(total := all_reduce(x), total, w, 1e-6),
+            (X, W),
+        ),
+        (
+            "gamma is made of the sum",
+            lambda x, w: ops.rms_norm(total := all_reduce(x), w + total[0].mean() * 0, 1e-6),
+            (X, W),
         ),
         ("rows of 20000 elements; tpfuse takes 16384", lambda x, w: ops.rms_norm(all_reduce(x), w, 1e-6),
          (rows(1, 20000), rows(20000))),

@@ -4,6 +4,7 @@ stand-ins for vLLM's modules."""
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -16,6 +17,8 @@ from tpfuse.errors import CommunicatorClosed, InvalidArgument
 from tpfuse.integrations.serving import state
 from tpfuse.integrations.serving.settings import MODES, requested
 from tpfuse.integrations.vllm import functions, operators, passes, plugin, qk_norm, register, settings
+
+VLLM_COMPILE = SimpleNamespace(name="VLLM_COMPILE")
 
 
 @pytest.fixture
@@ -30,9 +33,11 @@ def vllm(monkeypatch):
     """Stand-ins for the two modules that are hooked into, and what a worker asks them."""
     group = SimpleNamespace(unique_name="tp:0", rank_in_group=0, world_size=2, device_group=None)
     calls = []
-    parallel = SimpleNamespace(use_ubatching=False)
+    parallel, compilation = SimpleNamespace(use_ubatching=False), SimpleNamespace(mode=VLLM_COMPILE, cache_dir="")
     config = ModuleType("vllm.config")
-    config.get_current_vllm_config = lambda: SimpleNamespace(parallel_config=parallel, model_config=None)
+    config.get_current_vllm_config = lambda: SimpleNamespace(
+        parallel_config=parallel, model_config=None, compilation_config=compilation
+    )
     envs, distributed = ModuleType("vllm.envs"), ModuleType("vllm.distributed")
     groups = ModuleType("vllm.distributed.parallel_state")
     root = ModuleType("vllm")
@@ -44,7 +49,11 @@ def vllm(monkeypatch):
     root.__path__, distributed.__path__ = [], []
     for module in (root, envs, config, distributed, groups):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    yield SimpleNamespace(envs=envs, groups=groups, group=group, calls=calls, parallel=parallel)
+    monkeypatch.delenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", raising=False)
+    yield SimpleNamespace(
+        envs=envs, groups=groups, group=group, calls=calls, parallel=parallel, compilation=compilation
+    )
+    os.environ.pop("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", None)
     state.current = None
 
 
@@ -145,9 +154,12 @@ def manager(vllm, monkeypatch):
     modules = {name: ModuleType(name) for name in names}
     found = modules["vllm.compilation.passes.inductor_pass"] = ModuleType("vllm.compilation.passes.inductor_pass")
     found.InductorPass = object
+    found.get_pass_context = lambda: SimpleNamespace(compile_range=(1, 8192))
     found = modules["vllm.compilation.passes.pass_manager"] = ModuleType("vllm.compilation.passes.pass_manager")
     found.PostGradPassManager = type(
-        "PostGradPassManager", (), {"configure": lambda self, config: setattr(self, "passes", [])}
+        "PostGradPassManager",
+        (),
+        {"stock": (), "configure": lambda self, config: setattr(self, "passes", [*self.stock])},
     )
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -163,6 +175,42 @@ def test_a_pass_that_raises_leaves_vllm_its_graph(manager, log):
     ours(graph)  # there is no torch.ops.vllm here
     assert "all-reduce + norm: left to vLLM: AttributeError" in log.text
     assert "left: 1x a graph where tpfuse raised" in state.current.summary("left")
+
+
+def test_norms_with_other_arguments_are_left_alone(vllm, manager, monkeypatch):
+    known = {"rms_norm": ("x", "weight", "epsilon", "variance_size")}
+    monkeypatch.setattr(passes, "KNOWN", known)
+    schema = SimpleNamespace(arguments=[SimpleNamespace(name=name) for name in ("x", "weight", "epsilon")])
+    norm = SimpleNamespace(default=SimpleNamespace(_schema=schema))
+    monkeypatch.setattr(torch.ops, "vllm_ir", SimpleNamespace(rms_norm=norm), raising=False)
+    with pytest.raises(LookupError, match=r"vllm_ir.rms_norm has the parameters \('x', 'weight', 'epsilon'\)"):
+        passes.install()
+
+
+def vllm_pass(name, applicable=True):
+    return type(name, (), {"is_applicable_for_range": lambda self, compile_range: applicable})()
+
+
+def test_the_pass_stands_before_all_that_fuse_a_norm(manager):
+    before = ["NoOpEliminationPass", "SequenceParallelismPass", "AsyncTPPass", "AddRMSNormFusionPass"]
+    behind = ["AllReduceFusionPass", "RMSNormReshapeFusionPass", "RMSNormQuantFusionPass", "NoOpEliminationPass"]
+    manager.stock = [vllm_pass(name) for name in (*before, *behind)]
+    manager.configure(None)
+    assert [type(found).__name__ for found in manager.passes] == [*before, "TpfusePass", *behind]
+
+
+@pytest.mark.parametrize(
+    ("vllms", "kept"), [([vllm_pass("AllReduceFusionPass")], True), ([vllm_pass("AllReduceFusionPass", False)], False),
+                        ([], False)],
+    ids=["vLLM fuses", "vLLM fuses, but not so many tokens", "vLLM does not fuse"],
+)  # fmt: skip
+def test_nvfp4_is_kept_for_vllm_where_it_fuses(manager, vllms, kept, monkeypatch):
+    asked = []
+    monkeypatch.setattr(passes, "apply", lambda found, engaged, nvfp4: asked.append(nvfp4))
+    manager.stock = vllms
+    manager.configure(None)
+    manager.passes[0](torch.fx.Graph())
+    assert asked == [kept]
 
 
 def test_a_pass_that_finds_no_place_leaves_vllm_its_passes(manager, vllm, log):
@@ -239,6 +287,66 @@ def test_compiled_graphs_are_keyed_by_what_is_in_effect(vllm, monkeypatch):
     assert before["VLLM_SOMETHING"] == after["VLLM_SOMETHING"] == 1
     assert before["TPFUSE_VLLM"].startswith("off ")
     assert after["TPFUSE_VLLM"].startswith("control ")
+
+
+def test_a_cache_dir_of_the_users_is_keyed_too(vllm, monkeypatch):
+    monkeypatch.setenv("TPFUSE_VLLM", "control")
+    vllm.compilation.cache_dir = "/somewhere"
+    register()
+    for _ in range(2):  # a second start of the same worker
+        vllm.groups.initialize_model_parallel(2)
+        head, _, folder = vllm.compilation.cache_dir.rpartition("/")
+        assert head == "/somewhere"
+        assert folder.startswith("tpfuse-control-")
+        assert folder.endswith("-passes-qk_norm")  # which could not be placed: there is no vLLM here
+
+
+def test_what_could_not_be_placed_is_part_of_the_key(vllm, monkeypatch):
+    monkeypatch.setenv("TPFUSE_VLLM", "control")
+    register()
+    vllm.groups.initialize_model_parallel(2)
+    assert vllm.envs.compile_factors()["TPFUSE_VLLM"].endswith(" passes qk_norm")
+    monkeypatch.setattr(plugin, "FEATURES", {})
+    vllm.groups.initialize_model_parallel(2)
+    assert not vllm.envs.compile_factors()["TPFUSE_VLLM"].endswith("qk_norm")
+
+
+def test_without_compilation_the_report_says_so(vllm, log, monkeypatch):
+    monkeypatch.setenv("TPFUSE_VLLM", "control")
+    vllm.compilation.mode = SimpleNamespace(name="NONE")
+    register()
+    vllm.groups.initialize_model_parallel(2)
+    assert "compilation mode NONE, so there are no graphs to look at" in state.current.summary("left")
+
+
+def test_rays_workers_get_the_settings(vllm, monkeypatch):
+    monkeypatch.setenv("TPFUSE_VLLM", "off")
+    monkeypatch.setenv("TPFUSE_CACHE_DIR", "/somewhere")
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "MINE")
+    for _ in range(2):
+        register()
+    named = os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"].split(",")
+    assert named[0] == "MINE"
+    assert {"TPFUSE_VLLM", "TPFUSE_CACHE_DIR"} <= set(named)
+    assert len(named) == len(set(named))
+
+
+def test_the_report_comes_after_warm_up(vllm, log, monkeypatch):
+    class Worker:
+        def compile_or_warm_up_model(self):
+            return "seconds"
+
+    module = ModuleType("vllm.v1.worker.gpu_worker")
+    module.Worker = Worker
+    for name in ("vllm.v1", "vllm.v1.worker"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("TPFUSE_VLLM", "control")
+    register()
+    vllm.groups.initialize_model_parallel(2)
+    assert "QK norms fused" not in log.text
+    assert Worker().compile_or_warm_up_model() == "seconds"
+    assert "0 of 0 QK norms fused, 0 of 0 all-reduce + norms fused" in log.text
 
 
 # Operators
@@ -328,10 +436,34 @@ def test_the_qk_operator_calls_through_where_it_does_not_serve(case, alone):
 
 def test_the_qk_operator_serves_views_of_qkv(serving):
     qkv, q_weight, k_weight = qkv_of()
-    q, k = qk_norm.operator_for(stock_qk)(qkv, q_weight, k_weight, 32, 16, 0, 1, 1e-6, None)
-    expected = serving.comm.qk_rms_norm(qkv[:, :32].contiguous(), qkv[:, 32:48].contiguous(), q_weight, k_weight)
+    q, k = qk_norm.operator_for(stock_qk)(qkv, q_weight, k_weight, 32, 16, 0, 1, 0.25, None)
+    rows = qkv[:, :32].contiguous(), qkv[:, 32:48].contiguous()
+    expected = serving.comm.qk_rms_norm(*rows, q_weight, k_weight, eps=0.25)
     assert torch.equal(q, expected[0])
     assert torch.equal(k, expected[1])
+
+
+def modules(monkeypatch, *made):
+    """Put modules, and the packages that they are in, where an import finds them."""
+    for module in made:
+        parts = module.__name__.split(".")
+        for n in range(1, len(parts)):
+            parent = ".".join(parts[:n])
+            monkeypatch.setitem(sys.modules, parent, sys.modules.get(parent, ModuleType(parent)))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_a_qk_operator_with_other_arguments_is_left_alone(monkeypatch):
+    home = ModuleType("vllm.model_executor.layers.minimax_rms_norm.rms_norm_tp")
+    home._minimax_qk_norm_fusion = lambda qkv, q_weight: None
+    package = ModuleType("vllm.model_executor.layers.minimax_rms_norm")
+    package.rms_norm_tp = home
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(dispatch_key="CPU")
+    modules(monkeypatch, package, home, platforms)
+    monkeypatch.setattr(qk_norm, "_library", None)
+    with pytest.raises(LookupError, match=r"the operator takes \('qkv', 'q_weight'\)"):
+        qk_norm.install()
 
 
 class StandInRotary(torch.nn.Module):
@@ -409,6 +541,21 @@ def test_a_head_that_the_kernels_do_not_rotate_is_left_to_vllm(serving, log):
     assert "cuda kernels rotate heads of a power of two" in log.text
 
 
+def test_two_eps_are_left_to_vllm(serving, log):
+    attention = StandInAttention(StandInRotary())
+    attention.k_norm.variance_epsilon = 1e-5
+    assert not qk_norm._tables(attention, StandInRotary)
+    assert "q and k have another eps each" in log.text
+
+
+def test_a_model_that_is_built_without_values_is_left_to_vllm(serving, log):
+    """Its buffers are filled later, by their names, and ours would stay what the memory had in it."""
+    with torch.device("meta"):
+        attention = StandInAttention(StandInRotary())
+    assert not qk_norm._tables(attention, StandInRotary)
+    assert "the model is built without values" in log.text
+
+
 def test_an_attention_that_raises_while_it_is_looked_at_is_vllms(serving, log, monkeypatch):
     class Attention(StandInAttention):
         def forward(self, positions, hidden_states):
@@ -421,12 +568,7 @@ def test_an_attention_that_raises_while_it_is_looked_at_is_vllms(serving, log, m
     base.RotaryEmbedding = StandInRotary
     model = ModuleType("vllm.model_executor.models.minimax_m2")
     model.MiniMaxM2Attention = Attention
-    for module in (config, base, model):
-        parts = module.__name__.split(".")
-        for n in range(1, len(parts)):
-            parent = ".".join(parts[:n])
-            monkeypatch.setitem(sys.modules, parent, sys.modules.get(parent, ModuleType(parent)))
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    modules(monkeypatch, config, base, model)
     monkeypatch.setattr(qk_norm, "FORWARD", Attention.forward.__code__.co_names)
     qk_norm._install_rope()
     rotary = StandInRotary()
@@ -434,6 +576,28 @@ def test_an_attention_that_raises_while_it_is_looked_at_is_vllms(serving, log, m
     attention = Attention(rotary)
     assert attention(None, None) == "vLLM's own"
     assert "RoPE in the QK norm: left to vLLM: AttributeError" in log.text
+
+
+@pytest.mark.parametrize("other", ["architecture", "forward"])
+def test_another_model_keeps_its_attention(other, serving, log, monkeypatch):
+    class Attention(StandInAttention):
+        def forward(self, positions, hidden_states):
+            return self.attn(hidden_states)
+
+    config = ModuleType("vllm.config")
+    hf = SimpleNamespace(architectures=["Llama" if other == "architecture" else "MiniMaxM2ForCausalLM"])
+    config.get_current_vllm_config = lambda: SimpleNamespace(model_config=SimpleNamespace(hf_config=hf))
+    base = ModuleType("vllm.model_executor.layers.rotary_embedding.base")
+    base.RotaryEmbedding = StandInRotary
+    model = ModuleType("vllm.model_executor.models.minimax_m2")
+    model.MiniMaxM2Attention = Attention
+    modules(monkeypatch, config, base, model)
+    if other == "architecture":
+        monkeypatch.setattr(qk_norm, "FORWARD", Attention.forward.__code__.co_names)
+    stock = Attention.forward
+    qk_norm._install_rope()
+    assert Attention.forward is stock
+    assert ("MiniMaxM2Attention.forward uses ('attn',)" in log.text) == (other == "forward")
 
 
 def test_without_rotation_the_attention_is_vllms(serving):
@@ -458,6 +622,15 @@ def test_functions_are_replaced_where_they_were_imported_before(monkeypatch):
     assert stranger.boundary is stock_boundary
 
 
+def test_a_function_with_other_arguments_is_left_alone(monkeypatch):
+    home = ModuleType("vllm.home")
+    home.boundary = lambda hidden_states, residual, norm, more: None
+    monkeypatch.setattr(functions, "FUNCTIONS", (("vllm.home", "boundary", 0.0), ("vllm.nowhere", "boundary", 0.0)))
+    modules(monkeypatch, home)
+    with pytest.raises(LookupError, match=r"boundary takes .*'more'"):
+        functions.install()
+
+
 def test_a_function_serves_gemmas_norm(serving):
     norm = SimpleNamespace(weight=torch.rand(64), variance_epsilon=1e-5)
     x, residual = torch.randn(2, 3, 64, dtype=torch.bfloat16)
@@ -467,7 +640,10 @@ def test_a_function_serves_gemmas_norm(serving):
     assert torch.equal(y[1], exact.residual)
 
 
-@pytest.mark.parametrize("case", ["control", "another residual", "another gamma", "no eps", "too wide"])
+@pytest.mark.parametrize(
+    "case",
+    ["control", "another residual", "another gamma", "no gamma", "no eps", "too wide", "columns", "part of the row"],
+)
 def test_a_function_calls_through_where_it_does_not_serve(case, alone):
     width = 65 if case == "too wide" else 64
     norm = SimpleNamespace(weight=torch.rand(width))
@@ -475,6 +651,12 @@ def test_a_function_calls_through_where_it_does_not_serve(case, alone):
         norm.variance_epsilon = 1e-5
     x = torch.randn(3, width)
     residual = x.bfloat16() if case == "another residual" else x
+    if case == "columns":
+        residual = torch.randn(width, 3).t()
+    if case == "part of the row":
+        norm.variance_size_override = 32
+    if case == "no gamma":
+        norm.weight = None
     if case == "another gamma":
         norm.weight = norm.weight.double()
     state.current = stand_ins.engaged(alone, "control" if case == "control" else "fused")

@@ -48,7 +48,7 @@ def boundary_for(stock: Boundary, weight_bias: float) -> Boundary:
     def boundary(hidden_states: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
         engaged = state.current
         if engaged is None or not serves(engaged, hidden_states, residual, norm):
-            if engaged is not None:
+            if engaged is not None and isinstance(norm.weight, Tensor):
                 engaged.leave(state.BOUNDARY, norm.weight)
             return stock(hidden_states, residual, norm)
         y: tuple[Tensor, Tensor] = torch.ops.tpfuse_vllm.all_reduce_add_rms_norm(
@@ -61,4 +61,5 @@ def boundary_for(stock: Boundary, weight_bias: float) -> Boundary:
 
 
 def serves(engaged: state.Engaged, x: Tensor, residual: Tensor, norm: Any) -> bool:
-    return hasattr(norm, "variance_epsilon") and not engaged.why_not_boundary(x, residual, norm.weight)
+    plain = hasattr(norm, "variance_epsilon") and getattr(norm, "variance_size_override", None) is None
+    return plain and isinstance(norm.weight, Tensor) and not engaged.why_not_boundary(x, residual, norm.weight)

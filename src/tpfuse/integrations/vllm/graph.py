@@ -117,7 +117,10 @@ def _find(node: fx.Node, targets: Targets) -> _Site:
         views.append(view)
         end = view
     norms = [user for user in end.users if _calls(user, targets.rms_norm) and arguments(user)["x"] is end]
-    adds = [user for user in end.users if _calls(user, targets.add_rms_norm) and arguments(user)["x"] is end]
+    adding = [user for user in end.users if _calls(user, targets.add_rms_norm)]
+    adds = [user for user in adding if _added(user)[0] is end]
+    if not norms and not adds:
+        adds = adding  # as what a norm calls its residual
     if adds and len(end.users) > 1:
         raise _Unfit("the sum itself is used beside the norm that adds a residual")
     if not adds and not norms:
@@ -129,9 +132,21 @@ def _find(node: fx.Node, targets: Targets) -> _Site:
     if given["weight"] is None:
         raise _Unfit("a norm without gamma")
     weight, weight_bias = _gamma(given["weight"])
-    site = _Site(x, views, end, norm, given.get("x_residual"), weight, weight_bias, given["epsilon"])
+    if _made_from(weight, node):
+        raise _Unfit("gamma is made of the sum")
+    residual = next((added for added in _added(norm) if added is not end), None) if adds else None
+    if adds and residual is None:
+        raise _Unfit("the sum is its own residual")
+    site = _Site(x, views, end, norm, residual, weight, weight_bias, given["epsilon"])
     _check(site, targets)
     return site
+
+
+def _added(norm: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """What a norm with a residual adds. Models call it as norm(sum, residual); a pass of vLLM that makes it of an
+    addition keeps the order of that."""
+    given = arguments(norm)
+    return given["x"], given["x_residual"]
 
 
 def _check(site: _Site, targets: Targets) -> None:
@@ -152,8 +167,11 @@ def _check(site: _Site, targets: Targets) -> None:
         residual = _value(site.residual)
         if residual.dtype != x.dtype:
             raise _Unfit(f"the residual is {residual.dtype}, the sum {x.dtype}")
-        if len(residual.shape) != len(_value(site.end).shape) or residual.shape[-1] != width:
+        shapes = [[n if isinstance(n, int) else None for n in value.shape] for value in (residual, _value(site.end))]
+        if shapes[0] != shapes[1]:  # symbols are not compared, which would make guards
             raise _Unfit(f"the residual is {list(residual.shape)}, the sum {list(_value(site.end).shape)}")
+        if residual.stride(-1) != 1:
+            raise _Unfit("elements of a row of the residual are not contiguous")
 
 
 def _rewrite(graph: fx.Graph, site: _Site) -> bool:

@@ -30,7 +30,7 @@ KNOWN = {
 def install() -> None:
     """Put the pass into every pass manager that is configured from now on. Raises LookupError."""
     import vllm.ir.ops  # noqa: F401  defines torch.ops.vllm_ir
-    from vllm.compilation.passes.inductor_pass import InductorPass
+    from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
     from vllm.compilation.passes.pass_manager import PostGradPassManager
 
     for name, parameters in KNOWN.items():
@@ -41,12 +41,17 @@ def install() -> None:
     class TpfusePass(InductorPass):  # type: ignore[misc]
         """Fuses all-reduces into the norms behind them."""
 
-        def __init__(self, engaged: state.Engaged, nvfp4: bool) -> None:
-            self._engaged, self._nvfp4 = engaged, nvfp4
+        def __init__(self, engaged: state.Engaged, reduces: Any) -> None:
+            self._engaged, self._reduces = engaged, reduces
 
         def __call__(self, found: fx.Graph) -> None:
-            if not guarded(WHAT, lambda: apply(found, self._engaged, self._nvfp4)):
+            if not guarded(WHAT, lambda: apply(found, self._engaged, self._nvfp4())):
                 self._engaged.left["a graph where tpfuse raised"] += 1
+
+        def _nvfp4(self) -> bool:
+            """Whether vLLM's own fusion comes behind this pass, for as many tokens as this graph is for."""
+            reduces = self._reduces
+            return reduces is not None and reduces.is_applicable_for_range(get_pass_context().compile_range)
 
         def uuid(self) -> str:
             return settings.fingerprint(self._engaged.effective)
@@ -61,14 +66,15 @@ def install() -> None:
         if engaged is not None and engaged.effective != "off" and is_ours(engaged):
             names = [type(pass_).__name__ for pass_ in manager.passes]
             at = next((i for i, name in enumerate(names) if name not in EARLIER), len(names))
-            manager.passes.insert(at, TpfusePass(engaged, nvfp4=REDUCES in names))
+            reduces = manager.passes[names.index(REDUCES)] if REDUCES in names else None
+            manager.passes.insert(at, TpfusePass(engaged, reduces))
             LOG.debug("passes: %s", [type(pass_).__name__ for pass_ in manager.passes])
 
     replace(PostGradPassManager, "configure", configure)
 
 
 def is_ours(engaged: state.Engaged) -> bool:
-    """Whether vLLM's TP group is the one of our Communicator: a draft model may have another for a while."""
+    """Whether vLLM's TP group is the one of our Communicator."""
     from vllm.distributed.parallel_state import get_tp_group
 
     return get_tp_group() is engaged.group

@@ -4,8 +4,8 @@ Design record
 - register() runs in every process: front end, engine core, workers. It only replaces two functions of
   vllm.distributed.parallel_state and one of vllm.envs; all else is done in a worker, once that has its TP group.
 - `initialize_model_parallel` is that moment. Every rank passes it at the same time, the device is set, nothing is
-  measured or captured yet (so the workspace counts as memory that vLLM can't have), no pool of sleep mode is active,
-  and the model is not yet imported by most.
+  measured or captured yet (so the workspace is no part of what the model seems to need), no pool of sleep mode is
+  active, and the model is not yet imported by most.
 - vLLM keys compiled graphs by configuration and by `envs.compile_factors()`, not by its passes alone: with the AOT
   cache a pass never runs. So our mode and sources become a factor there. Where that can't be done, tpfuse stays out.
 - Whatever raises here is logged once, and vLLM goes on with its own path. What is decided from facts that differ
@@ -14,6 +14,7 @@ Design record
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -25,12 +26,25 @@ from tpfuse.integrations.vllm import settings
 from tpfuse.integrations.vllm.settings import LOG, NAME
 
 # modules beside this one, each with an install(), and what they replace
+RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 FEATURES = {"passes": "all-reduce + norm", "qk_norm": "QK norm", "functions": "all-reduce + norm as a function"}
+
+
+_missing: list[str] = []  # features that could not be placed in this worker
 
 
 def register() -> None:
     """Make vLLM use tpfuse in this process, as TPFUSE_VLLM says. Never raises; calling it twice is fine."""
+    _tell_ray()
     enter(NAME, LOG, _hook)
+
+
+def _tell_ray() -> None:
+    """vLLM's workers under Ray get the variables that vLLM knows, and those that it is told of."""
+    named = [name for name in os.environ.get(RAY, "").split(",") if name]
+    ours = [name for name in os.environ if name.startswith("TPFUSE_") and name not in named]
+    if ours:
+        os.environ[RAY] = ",".join((*named, *ours))
 
 
 def _hook(mode: str) -> None:
@@ -48,7 +62,7 @@ def _hook(mode: str) -> None:
             raise LookupError(f"{owner.__name__}.{name} is not there, so tpfuse does not know this version of vLLM")
 
     def factors(stock: Callable[..., Any]) -> dict[str, Any]:
-        return {**stock(), NAME: settings.fingerprint(_effective())}
+        return {**stock(), NAME: f"{settings.fingerprint(_effective())} {' '.join(_missing)}".strip()}
 
     def initialize(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = stock(*args, **kwargs)
@@ -96,6 +110,7 @@ def _engage(mode: str, parallel_state: Any) -> None:
     from tpfuse.integrations.serving import state
 
     state.disengage()
+    _missing.clear()
     group = parallel_state.get_tp_group()
     if group.world_size == 1:
         return
@@ -106,9 +121,25 @@ def _engage(mode: str, parallel_state: Any) -> None:
         LOG.warning("%s", engaged)
         return
     for feature, what in FEATURES.items():
-        guarded(what, lambda name=feature: import_module(f"tpfuse.integrations.vllm.{name}").install())  # type: ignore[misc]
+        if not guarded(what, lambda name=feature: import_module(f"tpfuse.integrations.vllm.{name}").install()):  # type: ignore[misc]
+            _missing.append(feature)
+    guarded("what vLLM compiles", lambda: _look_at_compilation(engaged))
     guarded("the report after warm-up", _report_after_warm_up)
     LOG.info("%s", engaged)
+
+
+def _look_at_compilation(engaged: Any) -> None:
+    """Say where nothing is compiled; and in a cache_dir of the user's, vLLM looks graphs up without their key, so ours
+    get a folder of their own."""
+    from vllm.config import get_current_vllm_config
+
+    compilation = get_current_vllm_config().compilation_config
+    mode = getattr(compilation.mode, "name", compilation.mode)
+    if mode != "VLLM_COMPILE":
+        engaged.left[f"compilation mode {mode}, so there are no graphs to look at"] += 1
+    folder = "-".join(("tpfuse", *settings.fingerprint(_effective()).split(), *_missing))
+    if compilation.cache_dir and folder not in compilation.cache_dir:
+        compilation.cache_dir = os.path.join(compilation.cache_dir, folder)
 
 
 def _disengage() -> None:

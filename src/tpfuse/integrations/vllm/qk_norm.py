@@ -136,6 +136,10 @@ def _tables(attention: Any, plain: Any) -> bool:
         LOG.warning("RoPE in the QK norm: left to vLLM: %s rotates in a way of its own", kind.__name__)
         return False
     if attention.q_norm.variance_epsilon != attention.k_norm.variance_epsilon:
+        LOG.warning("RoPE in the QK norm: left to vLLM: q and k have another eps each")
+        return False
+    if rotary.cos_sin_cache.is_meta:  # filled behind our back, and ours would not be
+        LOG.warning("RoPE in the QK norm: left to vLLM: the model is built without values")
         return False
     if not hasattr(rotary, "tpfuse_cos"):
         cos, sin = rotary.cos_sin_cache.float().chunk(2, dim=-1)
