@@ -4,8 +4,10 @@ it without graphs and says so. On a CPU, with the stand-in for CUDA graphs."""
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +60,15 @@ class TestNumbers:
         (reason,) = backend.report().eager
         assert reason.startswith("another number than at the capture: ")
 
+    def test_a_number_that_is_none_is_one_number(self) -> None:
+        backend, _ = make(split_ops=PAIR)
+        step = torch.compile(lambda x, number: pair(x * number), backend=backend, fullgraph=True)
+        for number in (1.0, float("nan"), float("nan"), float("nan")):
+            x = rows(5)
+            torch._dynamo.mark_dynamic(x, 0)
+            step(x, number)
+        assert backend.report().eager == {}
+
     def test_a_number_for_a_split_operator_is_the_one_of_the_call(self) -> None:
         seen = []
 
@@ -96,9 +107,25 @@ class TestRowsOfOneToken:
             lambda y: y.mean(0),
             lambda y: y / y.shape[0],
             lambda y: y * (y.shape[0] / 2),
+            lambda y: y.mul_(y.shape[0]),
+            lambda y: torch.divide(y, y.shape[0]),
+            lambda y: y / torch.full((), y.shape[0]),
+            lambda y: torch.add(y, y, alpha=y.shape[0]),
+            lambda y: y.new_zeros(8).add_(y.sum(0)),
             lambda y: y.as_strided((y.shape[0], 4), (8, 1)),
         ],
-        ids=["the last row", "a mean", "by their number", "by a part of their number", "by strides"],
+        ids=[
+            "the last row",
+            "a mean",
+            "by their number",
+            "by a part of their number",
+            "in place",
+            "by another name",
+            "by a tensor of it",
+            "by a factor",
+            "into a sum",
+            "by strides",
+        ],
     )
     def test_what_mixes_rows_is_refused(self, mix: Callable[[Tensor], Tensor]) -> None:
         backend, _ = make(split_ops=PAIR)
@@ -109,7 +136,12 @@ class TestRowsOfOneToken:
         backend, _ = make(split_ops=PAIR)
 
         def model(x: Tensor) -> tuple[Tensor, Tensor]:
-            return pair(x.reshape(x.shape[0], 2, 4).flatten(1)) * x.shape[1], x.new_ones(3) * 2
+            rows_of_two = (
+                torch.arange(x.shape[0]) + x.shape[0] * torch.arange(2)[:, None]
+            )  # indices: experts have these
+            y = torch.cat((x, x))[rows_of_two.flatten()][: x.shape[0]] * (x.numel() // x.shape[0])
+            y = y * x.shape[1] + torch.zeros_like(x[0])
+            return pair(y.reshape(x.shape[0], 2, 4).flatten(1)) * 2, x.new_ones(3) * 2
 
         for tokens in (8, 5, 20):
             for y, wanted in zip(compiled(model, backend)(rows(tokens)), model(rows(tokens)), strict=True):
@@ -168,8 +200,63 @@ class TestWrites:
             return pair(x) + part.sum(-1, keepdim=True)
 
         x = rows(5)
-        with pytest.raises(InvalidArgument, match="share memory"):
+        with pytest.raises(InvalidArgument, match="shares memory with"):
             compiled(model, make(split_ops=PAIR)[0])(x, x[:, :4])
+
+    def test_inputs_that_share_memory_are_not_if_none_is(self) -> None:
+        x = rows(5)
+        backend, _ = make(split_ops=PAIR)
+        step = compiled(lambda x, part: pair(x) + part.sum(-1, keepdim=True), backend)
+        for _ in range(2):
+            equal(step(x, x[:, :4]), x * 2 + x[:, :4].sum(-1, keepdim=True))
+
+    @pytest.mark.parametrize("cut", [lambda big: big.chunk(2, 1), lambda big: big[:, :8].chunk(2, 0)])
+    def test_parts_of_one_tensor_that_do_not_overlap_are_served(self, cut: Callable[[Tensor], list[Tensor]]) -> None:
+        def model(x: Tensor, other: Tensor) -> Tensor:
+            x.add_(1)
+            return pair(x) + other
+
+        backend, _ = make(split_ops=PAIR)
+        step = compiled(model, backend)
+        for _ in range(2):
+            given, wanted = rows(10, 16), rows(10, 16)
+            equal(step(*cut(given)), model(*cut(wanted)))
+            equal(given, wanted)
+
+    def test_an_alias_that_only_a_split_operator_reads_is_refused_on_a_replay_too(self) -> None:
+        def model(x: Tensor, other: Tensor) -> Tensor:
+            x.add_(1)
+            return pair(other) + x
+
+        backend, _ = make(split_ops=PAIR)
+        step = compiled(model, backend)
+        step(rows(5), rows(5))
+        x = rows(5)
+        with pytest.raises(InvalidArgument, match="shares memory with"):
+            step(x, x.view(5, 8))
+        equal(x, rows(5))  # nothing has run
+
+    def test_a_buffer_of_which_a_written_input_is_a_part_is_refused(self) -> None:
+        model = Caching(lambda cache, x: None)
+
+        def part(x: Tensor) -> Tensor:
+            x.add_(1)
+            return pair(x) + model.cache.sum()
+
+        with pytest.raises(InvalidArgument, match=r"shares memory with .*cache"):
+            compiled(part, make(split_ops=PAIR)[0])(model.cache[:5])
+
+    @pytest.mark.parametrize("kind", ["conjugate", "negative"])
+    def test_views_that_are_more_than_memory_are_read_as_such(self, kind: str) -> None:
+        with torch.inference_mode():
+            turned = torch.polar(torch.ones(8), torch.arange(8.0)).conj()
+            model = nn.Module()
+            model.register_buffer("turn", turned if kind == "conjugate" else turned.imag)
+            step = compiled(lambda x: pair(x * model.turn.real * (model.turn * 2).imag.sum() if kind == "conjugate"
+                                           else x * model.turn), make(split_ops=PAIR)[0])  # fmt: skip
+            wanted = model.turn.resolve_conj().resolve_neg()
+            factor = wanted.real * (wanted * 2).imag.sum() if kind == "conjugate" else wanted
+            equal(step(rows(5)), rows(5) * factor * 2)
 
 
 class TestNames:
@@ -211,6 +298,31 @@ class TestOwnership:
         step = compiled(model, make()[0])
         with pytest.raises(Unsupported, match="a call while another one"):
             step(*batch(5))
+
+    def test_another_model_of_the_backend_inside_of_a_call_is_an_error(self) -> None:
+        backend, _ = make()
+        inner = compiled(Model(layers=1), backend)
+        outer = compiled(Model(layers=1, core=lambda q, k, v, **_: inner(*batch(5)) and None), backend)
+        with pytest.raises(Unsupported, match="a call while another one"):
+            outer(*batch(5))
+
+    def test_a_copy_of_a_compiled_model_is_served_by_the_same_backend(self) -> None:
+        backend, _ = make()
+        step = torch.compile(Model(layers=1), backend=backend)
+        with torch._dynamo.config.patch(assume_static_by_default=False):
+            wanted = step(*batch(5))
+            equal(copy.deepcopy(step)(*batch(5)), wanted)
+
+    def test_a_refused_call_keeps_nothing_of_its_inputs(self) -> None:
+        step = compiled(lambda x: pair(x).mean(0), make(split_ops=PAIR)[0])
+        x = rows(5)
+        alive = weakref.ref(x)
+        for _ in range(2):
+            with pytest.raises(InvalidArgument, match="no dimension of tokens"):
+                step(x)
+        del x
+        gc.collect()
+        assert alive() is None
 
     def test_a_second_thread_on_the_stream_is_an_error(self) -> None:
         inside, go_on, errors = threading.Event(), threading.Event(), []

@@ -1,9 +1,9 @@
 """Piecewise CUDA graphs: everything but attention captured, per number of tokens; see docs/graphs.md.
 
-Reading order: `partition` cuts a traced graph into steps (`specs`: what their values are; `rowwise`: which steps can't
-be padded), `runner` runs them (records, replays, pads), `capture` is what a CUDA graph is to them, `piecewise` is the
-backend that owns the runners and their life cycle, `report` counts, `boundary` is the operator behind which attention
-stands.
+Reading order: `partition` cuts a traced graph into steps (`nodes`: what a graph calls; `specs`: what its values are;
+`rowwise`: which steps can't be padded), `runner` runs them (records, replays, pads), `capture` is what a CUDA graph is
+to them, `piecewise` is the backend that owns the runners and their life cycle, `report` counts, `boundary` is the
+operator behind which attention stands.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from torch.fx.passes.split_module import split_module
 
 from tpfuse.errors import InvalidArgument
 from tpfuse.graphs import rowwise
-from tpfuse.graphs.specs import Count, Fixed, Rows, Spec, expression_of, spec_of, value_of
+from tpfuse.graphs.nodes import packet_of, torch_name, value_of, written
+from tpfuse.graphs.specs import Count, Fixed, Rows, Spec, expression_of, spec_of
 
 Compiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]  # a piece and its example inputs, to a callable
 SplitOp = str | OpOverload | OpOverloadPacket | Callable[..., Any]
@@ -123,22 +124,9 @@ def calls(node: Node, target: Any) -> bool:
         return True
     if isinstance(found, (OpOverload, OpOverloadPacket)) and isinstance(target, (OpOverload, OpOverloadPacket)):
         both = isinstance(found, OpOverload) and isinstance(target, OpOverload)
-        return not both and _packet(found) is _packet(target)
-    name = _torch_name(target)
-    return name != "" and name == (found if isinstance(found, str) else _torch_name(found))
-
-
-def _packet(op: OpOverload | OpOverloadPacket) -> OpOverloadPacket:
-    return op.overloadpacket if isinstance(op, OpOverload) else op
-
-
-def _torch_name(target: Any) -> str:
-    """The name by which torch has an operation as a method or function; empty for what is not torch's own."""
-    if isinstance(target, (OpOverload, OpOverloadPacket)):
-        space, _, name = str(_packet(target)).rpartition(".")
-        return name if space == "aten" else ""
-    module = getattr(getattr(target, "__objclass__", target), "__module__", None)
-    return getattr(target, "__name__", "") if str(module).partition(".")[0] == "torch" else ""
+        return not both and packet_of(found) is packet_of(target)
+    name = torch_name(target)
+    return name != "" and name == (found if isinstance(found, str) else torch_name(found))
 
 
 def token_symbols(graph: GraphModule) -> frozenset[sympy.Symbol]:
@@ -254,7 +242,7 @@ def _step(node: Node, module: GraphModule, piece: bool, table: _Slots, compiler:
         )
     arguments = module.graph.find_nodes(op="placeholder")
     slots = dict(zip(arguments, inputs, strict=True))
-    writes = frozenset(slots[target] for inner in module.graph.nodes for target in _written(inner) if target in slots)
+    writes = frozenset(slots[target] for inner in module.graph.nodes for target in written(inner) if target in slots)
     if piece:
         refuse_writes(str(node.target), writes, table.specs, table.names)
         rowwise.check(module, [table.specs[slot] for slot in inputs], [table.specs[slot] for slot in outputs])
@@ -281,33 +269,6 @@ def _example(argument: Node, slot: int, table: _Slots) -> Any:
     """The example input of a piece, laid out as it will be: padded buffers are contiguous."""
     value = value_of(argument)
     return value.contiguous() if slot in table.copied and isinstance(table.specs[slot], Rows) else value
-
-
-def _written(node: Node) -> list[Node]:
-    """The arguments that an operation says it writes to, by its schema or its name. Tensors count their writes besides,
-    so this is no complete list."""
-    target = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    if isinstance(target, OpOverloadPacket):
-        target = getattr(target, target.overloads()[0])
-    if isinstance(target, OpOverload):
-        arguments = target._schema.arguments
-        given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | dict(node.kwargs)
-        written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    elif in_place or node.kwargs.get("inplace") is True or target in _ASSIGNMENTS:
-        written = [*node.args[:1], node.kwargs.get("out")]
-    else:
-        written = [node.kwargs.get("out")]
-    return [value for value in written if isinstance(value, Node) and isinstance(value_of(value), Tensor)]
-
-
-_ASSIGNMENTS = frozenset(
-    {
-        operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-        operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul,
-    }
-)  # fmt: skip
 
 
 def _check_borders(steps: Sequence[Step], table: _Slots) -> None:

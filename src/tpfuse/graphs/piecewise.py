@@ -23,10 +23,10 @@ from torch.fx.experimental import _config as shape_settings
 
 from tpfuse.errors import InvalidArgument, TpfuseError, Unsupported
 from tpfuse.graphs.capture import CudaGraphs, Mechanism
+from tpfuse.graphs.nodes import value_of
 from tpfuse.graphs.partition import Compiler, SplitOp, calls, partition, split_targets, splits, token_symbols
 from tpfuse.graphs.report import Counts, GraphReport, SizeCounter
 from tpfuse.graphs.runner import Runner, Settings
-from tpfuse.graphs.specs import value_of
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class Piecewise:
         try:
             return self._compiled(graph, inputs)
         except TpfuseError as error:  # torch would wrap it in one of its own; the call that follows raises it
-            refused = error
+            kind, message = type(error), str(error)
 
         def refuse(*args: Any) -> Any:
-            raise refused
+            raise kind(message)  # a new one each time: a traceback keeps the inputs of a call
 
         return refuse
 
@@ -132,6 +132,10 @@ class Piecewise:
         runner = Runner(partition(graph, self._targets, self._compiler), self._settings)
         self._runners.add(runner)
         return runner
+
+    def __deepcopy__(self, memo: Any) -> Piecewise:
+        """Copies of a compiled model are served by the same backend."""
+        return self
 
     def _static(self, graph: GraphModule) -> Callable[..., Any]:
         """A graph whose shapes are all constants runs eagerly, if there is a reason: nothing to split, or torch made
@@ -188,11 +192,14 @@ class Piecewise:
         Waits for the device. What fails, such as a runner that can't be reset, is reported, here, as a warning and in
         `report()`; the others are cleared all the same. Raises Unsupported while a call runs.
         """
+        with self._settings.idle():
+            cleared = self._clear()
+        for failure in cleared.failures:
+            warnings.warn(f"Piecewise.clear: {failure}", RuntimeWarning, stacklevel=2)
+        return cleared
+
+    def _clear(self) -> Cleared:
         settings, runners = self._settings, list(self._runners)
-        if any(runner.in_use for runner in runners):
-            raise Unsupported(
-                "Piecewise: clear() while a call runs, whose graphs it would free. Call it between calls."
-            )
         graphs = sum(counter.graphs for counter in self.report().sizes)
         failures: list[str] = []
 
@@ -210,8 +217,6 @@ class Piecewise:
         settings.pool = settings.mechanism.new_pool()
         attempt(settings.mechanism.give_back)
         settings.counts.failures += failures
-        for failure in failures:
-            warnings.warn(f"Piecewise.clear: {failure}", RuntimeWarning, stacklevel=2)
         return Cleared(len(runners), graphs, tuple(failures))
 
     @contextlib.contextmanager
@@ -237,7 +242,8 @@ class Piecewise:
         """What was captured, what it holds, what ran: as data (`as_dict()`) and as a rich table (`rich.print`)."""
         settings, counts = self._settings, self._settings.counts
         runners = list(self._runners)
-        recordings = [r for runner in runners for lane in runner.lanes.values() for r in lane.recordings.values()]
+        lanes = [lane for runner in runners for lane in list(runner.lanes.values())]
+        recordings = [recording for lane in lanes for recording in list(lane.recordings.values())]
         for size, counter in counts.sizes.items():
             alive = [recording for recording in recordings if recording.size == size]
             counter.graphs = sum(len(recording.graphs) for recording in alive)
@@ -267,4 +273,5 @@ def any_size() -> contextlib.AbstractContextManager[None]:
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
-    return tuple(value.shape) if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) else ()
+    plain = isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
+    return tuple(size for size in value.shape if isinstance(size, int)) if plain else ()

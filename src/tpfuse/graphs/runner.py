@@ -23,9 +23,10 @@ Design record
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,27 @@ class Settings:
     pool: Any
     counts: Counts
     unfreed: list[Any] = field(default_factory=list)  # pools of graphs that could not be reset
+    locks: dict[Hashable, threading.Lock] = field(default_factory=dict)  # by lane: one call at a time
+    guard: threading.Lock = field(default_factory=threading.Lock)  # of new locks
+
+    def lock(self, lane: Hashable) -> threading.Lock:
+        found = self.locks.get(lane)
+        if found is None:
+            with self.guard:
+                found = self.locks.setdefault(lane, threading.Lock())
+        return found
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[None]:
+        """In it no call runs and none begins. Raises Unsupported where one does."""
+        with self.guard, contextlib.ExitStack() as held:
+            for lock in self.locks.values():
+                if not lock.acquire(blocking=False):
+                    raise Unsupported(
+                        "Piecewise: clear() while a call runs, whose graphs it would free. Call it between calls."
+                    )
+                held.callback(lock.release)
+            yield
 
     def size_for(self, tokens: int) -> int | None:
         """The smallest size with room; None: a miss."""
@@ -70,7 +92,6 @@ class Lane:
 
     buffers: dict[int, Tensor] = field(default_factory=dict)  # by slot, flat, for the largest size
     recordings: dict[int, Recording] = field(default_factory=dict)  # by size
-    in_use: threading.Lock = field(default_factory=threading.Lock)
 
     def buffer(self, slot: int, spec: Rows, size: int, largest: int) -> Tensor:
         """The padded buffer of a slot for `size` tokens, contiguous."""
@@ -121,6 +142,7 @@ class Runner:
         self._fixed = tuple(n for n in inputs if n in read and not isinstance(parts.specs[n], (Rows, Count)))
         self._laid_out = self._copied.union(self._buffered)
         self._dropped = parts.dropped_after()
+        self._first_call = True
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """Serve one call of the graph, with the inputs and results of the graph."""
@@ -135,19 +157,22 @@ class Runner:
             counts.misses[tokens] += 1
             return self._eagerly(args, tokens)
         lane_key = settings.mechanism.lane()
-        lane = self.lanes.setdefault(lane_key, Lane())
-        if not lane.in_use.acquire(blocking=False):
+        lock = settings.lock(lane_key)
+        if not lock.acquire(blocking=False):
             raise Unsupported(
-                "Piecewise: a call while another one of the same graph runs on this stream, which has one set of "
-                "buffers. Threads need a stream each, and a split operator must not call the model that it is in."
+                "Piecewise: a call while another one, or clear(), runs on this stream, whose graphs share memory. "
+                "Threads need a stream each, and a split operator must not call a model of the same backend."
             )
         try:
-            return self._graphs(args, tokens, size, lane, lane_key)
+            return self._graphs(args, tokens, size, lane_key)
         finally:
-            lane.in_use.release()
+            lock.release()
 
-    def _graphs(self, args: Sequence[Any], tokens: int, size: int, lane: Lane, lane_key: Hashable) -> tuple[Any, ...]:
+    def _graphs(self, args: Sequence[Any], tokens: int, size: int, lane_key: Hashable) -> tuple[Any, ...]:
         """Serve a call by the graphs of a size."""
+        lane = self.lanes.get(lane_key)
+        if lane is None:
+            lane = self.lanes[lane_key] = Lane()
         counts, recording = self.settings.counts, lane.recordings.get(size)
         if recording is None:
             results = self._record(args, tokens, size, lane, lane_key)
@@ -166,11 +191,7 @@ class Runner:
 
     @property
     def buffer_bytes(self) -> int:
-        return sum(buffer.nbytes for lane in self.lanes.values() for buffer in lane.buffers.values())
-
-    @property
-    def in_use(self) -> bool:
-        return any(lane.in_use.locked() for lane in self.lanes.values())
+        return sum(buffer.nbytes for lane in list(self.lanes.values()) for buffer in list(lane.buffers.values()))
 
     def clear(self) -> list[str]:
         """Drop everything captured: graphs, addresses, results, buffers. Returns what failed to reset, and goes on."""
@@ -189,19 +210,23 @@ class Runner:
             values.update(zip(step.outputs, step.values(run(*given)), strict=True))
             for slot in dropped:
                 values.pop(slot, None)
-        return tuple(self._marked(slot, self._count(slot, tokens, values)) for slot in self.parts.results)
+        return self._marked([self._count(slot, tokens, values) for slot in self.parts.results])
 
     def _contiguous(self, step: Step, given: Sequence[Any]) -> bool:
         """Whether a piece gets what graphs read from padded buffers laid out like these, for which it was compiled."""
         slots = zip(step.inputs, given, strict=True)
         return step.run is step.traced or all(v.is_contiguous() for slot, v in slots if slot in self._laid_out)
 
-    def _marked(self, slot: int | None, value: Any) -> Any:
-        """A result, on which the next graph of the model finds where its tokens are."""
-        spec = None if slot is None or slot < self.parts.inputs else self.parts.specs[slot]
-        if isinstance(spec, Rows):
-            torch._dynamo.maybe_mark_dynamic(value, spec.dim)
-        return value
+    def _marked(self, results: Sequence[Any]) -> tuple[Any, ...]:
+        """Results. Behind a graph break, the next graph of a model is traced with those of the first call, and finds on
+        them where its tokens are."""
+        if self._first_call:
+            self._first_call = False
+            for slot, value in zip(self.parts.results, results, strict=True):
+                spec = None if slot is None or slot < self.parts.inputs else self.parts.specs[slot]
+                if isinstance(spec, Rows):
+                    torch._dynamo.maybe_mark_dynamic(value, spec.dim)
+        return tuple(results)
 
     def _count(self, slot: int | None, tokens: int, values: dict[int, Any]) -> Any:
         if slot is None:
@@ -249,25 +274,21 @@ class Runner:
         self, recording: Recording, padded: dict[int, Any], outside: dict[int, Any], args: Sequence[Any], tokens: int
     ) -> tuple[Any, ...]:
         size = recording.size
-        if recording.written:
-            self._refuse_shared(recording.written, args)
         for slot in recording.written:
             args[slot].copy_(self._real(slot, padded, outside, tokens, size))
-        return tuple(
-            None if slot is None else self._marked(slot, self._own(slot, recording, padded, outside, tokens))
-            for slot in self.parts.results
-        )
+        own = [None if s is None else self._own(s, recording, padded, outside, tokens) for s in self.parts.results]
+        return self._marked(own)
 
-    def _refuse_shared(self, written: set[int], args: Sequence[Any]) -> None:
-        """Inputs are copied to buffers each, so what is written to one is not seen in another."""
-        owner: dict[int, int] = {}
-        for slot in self._buffered:
-            other = owner.setdefault(args[slot].untyped_storage().data_ptr(), slot)
-            if other != slot and {slot, other} & written:
-                raise InvalidArgument(
-                    f"Piecewise: {self.parts.names[other]} and {self.parts.names[slot]} share memory, and the model "
-                    "writes to one of them; each has a buffer of its own here. Give it tensors of their own."
-                )
+    def _refuse_shared(self, written: set[int], slots: Sequence[int], args: Sequence[Any]) -> None:
+        """What is written to the buffer of one input is not seen in another that has the same memory."""
+        for ours in written:
+            for other in slots:
+                if other != ours and isinstance(args[other], Tensor) and _share(args[ours], args[other]):
+                    raise InvalidArgument(
+                        f"Piecewise: {self.parts.names[ours]}, which the model writes to, shares memory with "
+                        f"{self.parts.names[other]}; here the former has a buffer of its own. Give the model tensors "
+                        "of their own."
+                    )
 
     def _own(
         self, slot: int, recording: Recording, padded: dict[int, Any], outside: dict[int, Any], tokens: int
@@ -287,6 +308,8 @@ class Runner:
             moved = [n for n, address in recording.addresses.items() if args[n].data_ptr() != address]
             if moved:
                 raise StaleGraph(self._moved(recording, moved))
+        if recording.written:
+            self._refuse_shared(recording.written, self.parts.counted, args)
         outside = dict(enumerate(args))
         self._load(padded, args, tokens, size)
         for step in self.parts.steps:
@@ -340,6 +363,7 @@ class Runner:
                 recording.written |= {slot for slot in inputs if slot in step.writes} | _changed(inputs, before)
             for slot in dropped:
                 owned.pop(slot, None)
+        self._refuse_shared(recording.written, range(self.parts.inputs), args)
         for slot in self._fixed:
             if _is_number(args[slot]):
                 recording.numbers[slot] = _number(args[slot])
@@ -409,9 +433,29 @@ def _counted(value: Any) -> Any:
     """The same memory as a tensor that counts writes, which those of inference mode don't."""
     if not isinstance(value, Tensor) or not value.is_inference() or type(value) not in (Tensor, torch.nn.Parameter):
         return value
+    if value.is_conj() or value.is_neg():  # views of another kind than memory can tell
+        return value
     with torch.inference_mode(False):
         alias = torch.empty(0, dtype=value.dtype, device=value.device)
         return alias.set_(value.untyped_storage(), value.storage_offset(), value.size(), value.stride())
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have memory in common. Of views with other strides than each other's, what lies between their
+    ends counts as theirs."""
+    if not a.numel() or not b.numel() or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    spans = [1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) for t in (a, b)]
+    apart = b.storage_offset() - a.storage_offset()
+    if apart >= spans[0] or -apart >= spans[1]:
+        return False
+    if a.stride() != b.stride() or a.element_size() != b.element_size() or not a.dim():
+        return True
+    # Rows of one pitch, such as columns of one matrix: where in a row each lies.
+    along = max(range(a.dim()), key=lambda dim: a.stride(dim))
+    pitch = max(a.stride(along), 1)
+    inner = [span - (t.shape[along] - 1) * pitch for span, t in zip(spans, (a, b), strict=True)]
+    return apart % pitch < inner[0] or apart % pitch + inner[1] > pitch
 
 
 def _is_number(value: Any) -> bool:

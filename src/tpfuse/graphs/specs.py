@@ -12,7 +12,6 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from tpfuse.errors import InvalidArgument
 
@@ -68,11 +67,6 @@ class Fixed:
 
 
 Spec = Rows | Count | Fixed
-
-
-def value_of(node: Node) -> Any:
-    """The example value that the trace left: a fake tensor, a SymInt, or nothing."""
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def expression_of(size: Any) -> sympy.Expr:
