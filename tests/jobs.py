@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ulps import assert_within, spacing
 
 import tpfuse
-from tpfuse import Communicator, reference
+from tpfuse import Communicator, Rope, reference
 from tpfuse.launch import Rank
 
 OPS = ("rms_norm", "qk_rms_norm", "all_reduce", "all_reduce_rms_norm")
@@ -400,3 +400,15 @@ def compiled_layer(rank: Rank, case: Case) -> tuple[Outputs, Outputs, int]:
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(given.x, given.residual)
         eager = layer(given.x, given.residual)
         return compiled, eager, sum(counter.calls for counter in comm.report().counters)
+
+
+def rotated_in_mode_off(rank: Rank) -> tuple[Tensor, Tensor]:
+    """q of this rank with RoPE and an eps that counts, and the reference."""
+    rope = Rope(torch.ones(32, 4), torch.zeros(32, 4), torch.arange(6), head_dim=8, rotary_dim=8)
+    parts = list(torch.randn(rank.world, 6, 8, generator=torch.Generator().manual_seed(0)))
+    gamma = torch.ones(8)
+    with Communicator(mode="off") as comm:
+        y, _ = comm.qk_rms_norm(parts[rank.rank], parts[rank.rank].clone(), gamma, gamma, eps=0.5, rope=rope)
+    gammas = [gamma] * rank.world
+    exact = reference.qk_rms_norm(parts, parts, gammas, gammas, eps=0.5, rope=rope)
+    return y, exact[rank.rank][0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.quant import Format
 
 RESIDUAL_LAYOUTS = ("replicated", "row_sharded")
+LARGEST = torch.finfo(torch.float32).max
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = "float32, bfloat16 or float16"
 
@@ -37,8 +39,14 @@ def activation(op: str, name: str, x: Tensor, device: torch.device, max_hidden: 
             f"{op}: {name} is {x.shape[-1]} wide, the communicator was made for max_hidden={max_hidden}. "
             "Make it with a larger max_hidden."
         )
-    if x.requires_grad and torch.is_grad_enabled():
-        raise Unsupported(f"{op}: {name} requires a gradient; tpfuse is for inference. Use torch.no_grad().")
+    no_gradient(op, **{name: x})
+
+
+def no_gradient(op: str, **given: Tensor | None) -> None:
+    """Activations only: parameters require gradients by default, also where nobody wants them."""
+    for name, x in given.items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise Unsupported(f"{op}: {name} requires a gradient; tpfuse is for inference. Use torch.no_grad().")
 
 
 def weight(op: str, name: str, w: Tensor, x: Tensor) -> None:
@@ -55,13 +63,15 @@ def weight(op: str, name: str, w: Tensor, x: Tensor) -> None:
         )
 
 
-def numbers(op: str, **given: object) -> None:
+def numbers(op: str, **given: Any) -> None:
     """Numbers of Python, or what counts as one: they go to kernels by value, and calls are remembered by them."""
     for name, number in given.items():
-        if not isinstance(number, Real):
-            raise InvalidArgument(
-                f"{op}: {name.replace('_of_', ' of ')} is a {type(number).__name__}; needed: a number."
-            )
+        shown = name.replace("_of_", " of ")
+        numpy = isinstance(number, Real) and hasattr(number, "dtype")
+        if not isinstance(number, (int, float)) and not numpy:
+            raise InvalidArgument(f"{op}: {shown} is a {type(number).__name__}; needed: a number.")
+        if not -LARGEST <= number <= LARGEST or (name.startswith("eps") and number < 0):
+            raise InvalidArgument(f"{op}: {shown} is {number}; needed: a number that float32 has, eps from 0 up.")
 
 
 def same_shape(op: str, name: str, y: Tensor, x: Tensor) -> None:
@@ -76,8 +86,51 @@ def same_shape(op: str, name: str, y: Tensor, x: Tensor) -> None:
         raise InvalidArgument(f"{op}: the last dimension of {name} has stride {y.stride(-1)}; needed: 1.")
 
 
-def row_shard(op: str, name: str, y: Tensor, rows: int, width: int, rank: int, world: int) -> None:
-    """y: this rank's rows, rank, rank + W, rank + 2W and so on, of `rows` rows."""
+def like(op: str, out: Tensor, y: Tensor) -> Tensor:
+    """`out`, which compiled code copies y to. The kernels' own demands on it are not made: they don't write to it."""
+    if out.shape != y.shape or out.dtype != y.dtype or out.device != y.device:
+        raise InvalidArgument(f"{op}: out is {out.dtype} {list(out.shape)}; needed: {y.dtype} {list(y.shape)}.")
+    return out
+
+
+def apart(op: str, first: Tensor, second: Tensor) -> None:
+    """Two outputs of one call: no memory in common."""
+    if share_memory(first, second):
+        raise InvalidArgument(f"{op}: the two tensors of out share memory; needed: two that don't.")
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have memory in common. Of views with other strides than each other's, what lies between their
+    ends counts as theirs."""
+    if not a.numel() or not b.numel() or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    distance = b.storage_offset() - a.storage_offset()
+    if distance >= _span(a) or -distance >= _span(b):
+        return False
+    alike = a.stride() == b.stride() and a.element_size() == b.element_size()
+    return not (alike and any(_beside(a, b, distance, int(pitch)) for pitch in a.stride()))
+
+
+def _beside(a: Tensor, b: Tensor, distance: int, pitch: int) -> bool:
+    """Whether two tensors of the same strides are other columns of one matrix, whose rows lie `pitch` apart."""
+    if pitch < 1 or any(stride % pitch for stride in a.stride() if stride > pitch):
+        return False
+    column = distance % pitch
+    return column >= _span(a, pitch) and column + _span(b, pitch) <= pitch
+
+
+def _span(x: Tensor, pitch: int | None = None) -> int:
+    """Elements from the first to the last of x, or of a part of it that lies within a pitch."""
+    inner = [(n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True) if pitch is None or step < pitch]
+    return 1 + sum(inner)
+
+
+def row_shard(
+    op: str, name: str, y: Tensor, device: torch.device, rows: int, width: int, rank: int, world: int
+) -> None:
+    """y: this rank's rows, rank, rank + W, rank + 2W and so on, of `rows` rows, on the device of the others."""
+    if y.device != device:
+        raise InvalidArgument(f"{op}: {name} is on {y.device}; needed: {device}.")
     own = own_rows(rows, rank, world)
     if y.shape != (own, width):
         raise InvalidArgument(

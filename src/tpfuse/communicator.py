@@ -13,6 +13,7 @@ import os
 import weakref
 from contextlib import suppress
 from dataclasses import replace
+from numbers import Real
 from types import TracebackType
 from typing import Any
 
@@ -177,6 +178,7 @@ class Communicator:
             self._collective.close()
             if self._cuda is not None:
                 self._cuda.close()
+            del self.group  # see Collective.close
 
     def __enter__(self) -> Communicator:
         return self
@@ -208,8 +210,9 @@ class Communicator:
         (which may be x itself).
         """
         if torch.compiler.is_compiling():
+            checks.no_gradient("rms_norm", x=x)
             y = torch.ops.tpfuse.rms_norm(x, weight, self.name, eps, weight_bias)
-            return y if out is None else out.copy_(y)
+            return y if out is None else checks.like("rms_norm", out, y).copy_(y)
         key = ("rms_norm", traits(x), traits(weight), eps, weight_bias, out is not None and traits(out))
         served = self._remembered(key)
         if served is None:
@@ -247,13 +250,17 @@ class Communicator:
         """
         q_eps, k_eps = pair(eps)
         if torch.compiler.is_compiling():
+            checks.no_gradient("qk_rms_norm", q=q, k=k)
             norms = (q, k, q_weight, k_weight, self.name, q_eps, k_eps, weight_bias)
             if rope is None:
                 y = torch.ops.tpfuse.qk_rms_norm(*norms)
             else:
                 tables = (rope.cos, rope.sin, rope.positions, rope.head_dim, rope.rotary_dim, rope.interleaved)
                 y = torch.ops.tpfuse.qk_rms_norm_rope(*norms, *tables)
-            return (y[0], y[1]) if out is None else (out[0].copy_(y[0]), out[1].copy_(y[1]))
+            if out is None:
+                return y[0], y[1]
+            q_into, k_into = checks.like("qk_rms_norm", out[0], y[0]), checks.like("qk_rms_norm", out[1], y[1])
+            return q_into.copy_(y[0]), k_into.copy_(y[1])
         key = (
             "qk_rms_norm", traits(q), traits(k), traits(q_weight), traits(k_weight), q_eps, k_eps, weight_bias,
             rope is not None and rotation_traits(rope), out is not None and (traits(out[0]), traits(out[1])),
@@ -268,6 +275,7 @@ class Communicator:
             if out is not None:
                 checks.output("qk_rms_norm", out[0], q)
                 checks.output("qk_rms_norm", out[1], k)
+                checks.apart("qk_rms_norm", *out)
             if rope is not None:
                 rope.check("qk_rms_norm", q, k)
             widths = q.shape[-1], k.shape[-1]
@@ -288,8 +296,9 @@ class Communicator:
     def all_reduce(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The sum of every rank's x `[..., H]`, in fp32 and rounded once; in `out` if given (may be x)."""
         if torch.compiler.is_compiling():
+            checks.no_gradient("all_reduce", x=x)
             y = torch.ops.tpfuse.all_reduce(x, self.name)
-            return y if out is None else out.copy_(y)
+            return y if out is None else checks.like("all_reduce", out, y).copy_(y)
         key = ("all_reduce", traits(x), out is not None and traits(out))
         served = self._remembered(key)
         if served is None:
@@ -332,6 +341,7 @@ class Communicator:
         if row_sharded:
             checks.layout(op, residual_layout, residual)
         if torch.compiler.is_compiling():
+            checks.no_gradient(op, x=x, residual=residual)
             return self._compiled_boundary(x, weight, residual, eps, weight_bias, quant, keep_norm, row_sharded)
         key = (
             op, traits(x), traits(weight), residual is not None and traits(residual), eps, weight_bias,
@@ -344,8 +354,11 @@ class Communicator:
             count, width = count_rows(x), x.shape[-1]
             if residual is not None:
                 if row_sharded:
-                    checks.row_shard(op, "residual", residual, count, width, self.rank, self.world)
+                    checks.row_shard(op, "residual", residual, x.device, count, width, self.rank, self.world)
                 checks.same_shape(op, "residual", residual, residual if row_sharded else x)
+                checks.no_gradient(op, residual=residual)
+            if not isinstance(keep_norm, bool):
+                raise InvalidArgument(f"{op}: keep_norm={keep_norm!r}; needed: True or False.")
             if quant is not None:
                 checks.quant_format(op, quant, x)
             call = Call(
@@ -405,11 +418,14 @@ class Communicator:
     def gather_rows(self, shard: Tensor, rows: int) -> Tensor:
         """All `rows` rows `[rows, H]` of which each rank brings its own, `[own, H]`: an exact copy. Collective."""
         if torch.compiler.is_compiling():
+            checks.no_gradient("gather_rows", shard=shard)
             gathered: Tensor = torch.ops.tpfuse.gather_rows(shard, rows, self.name)
             return gathered
         checks.activation("gather_rows", "shard", shard, self.device, self.max_hidden)
+        if not isinstance(rows, int) or rows < 0:
+            raise InvalidArgument(f"gather_rows: rows={rows!r}; needed: how many rows all ranks have together.")
         width = shard.shape[-1]
-        checks.row_shard("gather_rows", "shard", shard, rows, width, self.rank, self.world)
+        checks.row_shard("gather_rows", "shard", shard, self.device, rows, width, self.rank, self.world)
         call = Call("gather_rows", rows, width, 0, shard.dtype, None, 0.0, 0.0, 0.0)
         if self._begin(Served(call, self._counter(collective.GATHER_ROWS), own_kernels=False)) is None:
             return empty(shard)
@@ -551,9 +567,9 @@ def ordered(results: list[Tensor], residual: Tensor | None, quant: Format | None
 
 def pair(eps: float | tuple[float, float]) -> tuple[float, float]:
     """eps of q and of k."""
-    if isinstance(eps, (int, float)):
+    if isinstance(eps, Real):
         return eps, eps
-    if len(eps) != 2:
+    if not isinstance(eps, (tuple, list)) or len(eps) != 2:
         raise InvalidArgument(f"qk_rms_norm: eps={eps!r}; needed: one number, or two, for q and for k.")
     return eps[0], eps[1]
 
@@ -616,8 +632,10 @@ def _resolve_device(group: dist.ProcessGroup, device: torch.device | str | None)
         device = "cuda" if gpu else "cpu"
     try:
         device = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InvalidArgument(f"Communicator: device={device!r}; supported: cpu, cuda, cuda:N.") from error
+    if device.type == "cpu":
+        device = torch.device("cpu")  # there is one, and tensors on it say so
     if device.type == "cuda" and not torch.cuda.is_available():
         raise Unsupported(f"Communicator: device={device}, but torch sees no GPU here. Use device='cpu'.")
     if device.type == "cuda" and device.index is None:

@@ -49,6 +49,8 @@ class _ShardedWeight(nn.Module):
     def _add(self, name: str, size: int, heads: int | None, fill: float, dtype: torch.dtype | None) -> None:
         """Register a weight of full size `size`, filled until a checkpoint is loaded."""
         self._full[name] = (size, heads)
+        if size < 1 or (heads is not None and heads < 1):
+            raise InvalidArgument(f"{type(self).__name__}: {size} elements in {heads} heads; needed: 1 or more.")
         full = torch.empty(size, device="meta")
         local = shard(full, self.comm.rank, self.comm.world, heads).shape
         weight = torch.full(local, fill, dtype=dtype, device=self.comm.device)

@@ -7,6 +7,7 @@ half-split order of most checkpoints, or (2i, 2i + 1) when interleaved. Elements
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,13 +54,22 @@ class Rope:
                     f"{op}: rope.{name} is {list(table.shape)} {table.dtype} on {table.device}; "
                     f"needed: contiguous [positions, {half}] float32 on {q.device}, from a multiple of 16 bytes on."
                 )
-        rows = q.numel() // q.shape[-1]
-        p = self.positions
-        if p.dtype != torch.int64 or p.numel() != rows or not p.is_contiguous() or p.device != q.device:
+        if self.cos.shape != self.sin.shape:
             raise InvalidArgument(
-                f"{op}: rope.positions is {list(p.shape)} {p.dtype} on {p.device}; "
-                f"needed: {rows} contiguous int64 positions, one a row, on {q.device}."
+                f"{op}: rope.cos has {self.cos.shape[0]} positions, rope.sin {self.sin.shape[0]}; needed: the same."
             )
+        leading, p = q.shape[:-1], self.positions
+        fits = _sizes(p.shape) in (_sizes(leading), _sizes((leading.numel(),)))
+        if p.dtype != torch.int64 or not fits or not p.is_contiguous() or p.device != q.device:
+            raise InvalidArgument(
+                f"{op}: rope.positions is {list(p.shape)} {p.dtype} on {p.device}; needed: {leading.numel()} "
+                f"contiguous int64 positions, one a row, as [{leading.numel()}] or {list(leading)}, on {q.device}."
+            )
+
+
+def _sizes(shape: Sequence[int]) -> list[int]:
+    """A shape without dimensions of one entry, which order nothing."""
+    return [size for size in shape if size != 1]
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

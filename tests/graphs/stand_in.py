@@ -10,9 +10,10 @@ It keeps the promises that CUDA graphs make and the ones that they don't:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,17 @@ SEEN: list[tuple[int, ...]] = []  # the shapes that split operators got
 def _square(x: Tensor, n: int) -> None:
     SEEN.append((*x.shape, n))
     x.square_()
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Every test of a module that imports this begins with nothing compiled, a known seed, and without gradients."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    SEEN.clear()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
 
 
 def tensors_of(value: Any) -> list[Tensor]:

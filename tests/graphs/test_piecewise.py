@@ -13,7 +13,7 @@ import pytest
 import rich
 import torch
 from rich.console import Console
-from stand_in import SEEN, SIZES, Model, Recorded, StandIn, batch, compiled, equal, make, rows
+from stand_in import SEEN, SIZES, Model, Recorded, StandIn, batch, compiled, equal, fresh, make, rows  # noqa: F401  fresh: a fixture of all tests here
 from torch import Tensor, nn
 
 from tpfuse import Communicator, graphs

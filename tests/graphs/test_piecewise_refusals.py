@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in import Block, Model, StandIn, batch, compiled, equal, make, rows
+from stand_in import Block, Model, StandIn, batch, compiled, equal, fresh, make, rows  # noqa: F401  fresh: a fixture of all tests here
 from torch import Tensor, nn
 from torch.nn import functional
 

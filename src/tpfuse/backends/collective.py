@@ -176,9 +176,11 @@ class Collective:
     def close(self) -> None:
         if self._watchdog is not None:
             self._watchdog.stop()
-        # `fail` leads back to the communicator: without the cycle, the group goes when the caller lets go of it. Gloo
-        # aborts a process that still holds one while the interpreter shuts down.
+        # Gloo aborts a process that still holds a group while the interpreter shuts down, as a communicator that is a
+        # global does. `fail` leads back to the communicator, and is a cycle.
         self._fail = _fail_closed
+        self._watchdog = None
+        del self.group
 
     def begin(self, number: int, served: Served) -> None:
         """Announce a call, whose bytes go to its counter. On Gloo, compare its signature over the ranks first."""
@@ -189,7 +191,7 @@ class Collective:
     @torch.no_grad()
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, weight_bias: float) -> Tensor:
         if self.mode == "off" and self.world > 1:
-            return self._gathered_norm(x, weight, eps, weight_bias)
+            return self._gathered_norm(x, self._gathered(x), weight, eps, weight_bias)
         inverse = self._inverse_rms((x,), (eps,))
         return self._scale(x, inverse, weight, weight_bias)
 
@@ -206,9 +208,11 @@ class Collective:
         rope: Rope | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self.mode == "off" and self.world > 1:
+            # Both before any arithmetic: what raises there must not leave this rank one exchange behind the others.
+            whole_q, whole_k = self._gathered(q), self._gathered(k)
             return (
-                self._gathered_norm(q, q_weight, q_eps, weight_bias, rope),
-                self._gathered_norm(k, k_weight, k_eps, weight_bias, rope),
+                self._gathered_norm(q, whole_q, q_weight, q_eps, weight_bias, rope),
+                self._gathered_norm(k, whole_k, k_weight, k_eps, weight_bias, rope),
             )
         inverse = self._inverse_rms((q, k), (q_eps, k_eps))
         return (
@@ -300,15 +304,19 @@ class Collective:
             self._constants[values] = made
         return self._constants[values]
 
-    def _gathered_norm(
-        self, x: Tensor, weight: Tensor, eps: float, weight_bias: float, rope: Rope | None = None
-    ) -> Tensor:
-        """Gather the whole row, norm it, keep the own slice: W times the bytes of x instead of one float a row."""
-        n = x.shape[-1]
+    def _gathered(self, x: Tensor) -> Tensor:
+        """The whole rows, in fp32: W times the bytes of x instead of one float a row."""
         rows = x.contiguous()
-        parts = torch.empty(self.world * rows.shape[0], n, dtype=x.dtype, device=x.device)
+        parts = torch.empty(self.world * rows.shape[0], x.shape[-1], dtype=x.dtype, device=x.device)
         self._run(rows, lambda: _all_gather(parts, rows, group=self.group, async_op=True))
-        whole = parts.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(1).float()
+        whole: Tensor = parts.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(1).float()
+        return whole
+
+    def _gathered_norm(
+        self, x: Tensor, whole: Tensor, weight: Tensor, eps: float, weight_bias: float, rope: Rope | None = None
+    ) -> Tensor:
+        """The own slice of the norm of whole rows."""
+        n = x.shape[-1]
         if rope is not None:
             inverse = whole.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
             return self._scale(x, inverse, weight, weight_bias, rope)

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpfuse.checks import share_memory
 from tpfuse.errors import InvalidArgument, TpfuseError, Unsupported
 from tpfuse.graphs.capture import Graph, Mechanism
 from tpfuse.graphs.partition import Partition, Step, refuse_writes
@@ -283,7 +284,7 @@ class Runner:
         """What is written to the buffer of one input is not seen in another that has the same memory."""
         for ours in written:
             for other in slots:
-                if other != ours and isinstance(args[other], Tensor) and _share(args[ours], args[other]):
+                if other != ours and isinstance(args[other], Tensor) and share_memory(args[ours], args[other]):
                     raise InvalidArgument(
                         f"Piecewise: {self.parts.names[ours]}, which the model writes to, shares memory with "
                         f"{self.parts.names[other]}; here the former has a buffer of its own. Give the model tensors "
@@ -438,24 +439,6 @@ def _counted(value: Any) -> Any:
     with torch.inference_mode(False):
         alias = torch.empty(0, dtype=value.dtype, device=value.device)
         return alias.set_(value.untyped_storage(), value.storage_offset(), value.size(), value.stride())
-
-
-def _share(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have memory in common. Of views with other strides than each other's, what lies between their
-    ends counts as theirs."""
-    if not a.numel() or not b.numel() or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-    spans = [1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) for t in (a, b)]
-    apart = b.storage_offset() - a.storage_offset()
-    if apart >= spans[0] or -apart >= spans[1]:
-        return False
-    if a.stride() != b.stride() or a.element_size() != b.element_size() or not a.dim():
-        return True
-    # Rows of one pitch, such as columns of one matrix: where in a row each lies.
-    along = max(range(a.dim()), key=lambda dim: a.stride(dim))
-    pitch = max(a.stride(along), 1)
-    inner = [span - (t.shape[along] - 1) * pitch for span, t in zip(spans, (a, b), strict=True)]
-    return apart % pitch < inner[0] or apart % pitch + inner[1] > pitch
 
 
 def _is_number(value: Any) -> bool:
