@@ -104,7 +104,7 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     ends counts as theirs."""
     if not a.numel() or not b.numel() or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
         return False
-    distance = b.storage_offset() - a.storage_offset()
+    distance = int(b.storage_offset() - a.storage_offset())
     if distance >= _span(a) or -distance >= _span(b):
         return False
     alike = a.stride() == b.stride() and a.element_size() == b.element_size()

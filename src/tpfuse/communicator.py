@@ -263,7 +263,7 @@ class Communicator:
             return q_into.copy_(y[0]), k_into.copy_(y[1])
         key = (
             "qk_rms_norm", traits(q), traits(k), traits(q_weight), traits(k_weight), q_eps, k_eps, weight_bias,
-            rope is not None and rotation_traits(rope), out is not None and (traits(out[0]), traits(out[1])),
+            rope is not None and rotation_traits(rope), out is not None and (traits(out[0]), traits(out[1]), between(*out)),
         )  # fmt: skip
         served = self._remembered(key)
         if served is None:
@@ -526,6 +526,12 @@ def spaced(x: Tensor) -> Tensor:
 def traits(x: Tensor) -> tuple[Any, ...]:
     """All that checks and launches depend on, of a tensor: everything but its address."""
     return x.dtype, x.shape, x.stride(), x.device, x.requires_grad and torch.is_grad_enabled()
+
+
+def between(a: Tensor, b: Tensor) -> Any:
+    """How far two tensors of one memory lie apart; None where each has memory of its own."""
+    one = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return b.storage_offset() - a.storage_offset() if one else None
 
 
 def rotation_traits(rope: Rope) -> tuple[Any, ...]:
