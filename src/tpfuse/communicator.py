@@ -263,7 +263,8 @@ class Communicator:
             return q_into.copy_(y[0]), k_into.copy_(y[1])
         key = (
             "qk_rms_norm", traits(q), traits(k), traits(q_weight), traits(k_weight), q_eps, k_eps, weight_bias,
-            rope is not None and rotation_traits(rope), out is not None and (traits(out[0]), traits(out[1]), between(*out)),
+            rope is not None and rotation_traits(rope),
+            out is not None and (traits(out[0]), traits(out[1]), between(*out)),
         )  # fmt: skip
         served = self._remembered(key)
         if served is None:
