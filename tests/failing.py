@@ -156,3 +156,7 @@ def counts_progress(rank: Rank, steps: int) -> int:
 
 def tensors(rank: Rank) -> torch.Tensor:
     return torch.full((2, 3), float(rank.rank))
+
+
+def sleeps(rank: Rank, seconds: float) -> None:
+    time.sleep(seconds)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +34,28 @@ if os.environ.get("BREAK"):
 if os.environ.get("BREAK_RANK") == os.environ.get("RANK", "none"):
     scale = Collective._scale
     Collective._scale = lambda *args: 2 * scale(*args)
+if __name__ == "__main__":
+    cli.main()
+"""
+
+# Ranks wait in their job until they are interrupted.
+WAITING = """
+import os, time
+from tpfuse import check, cli
+
+def waits():
+    os.write(1, b"waiting\\n")
+    time.sleep(100)
+
+check.cases = waits
+if __name__ == "__main__":
+    cli.main()
+"""
+
+WITHOUT_TRANSFORMERS = """
+import sys
+sys.modules["transformers"] = None
+from tpfuse import cli
 if __name__ == "__main__":
     cli.main()
 """
@@ -126,8 +150,10 @@ def test_info_as_json() -> None:
         (("bench", "ops", "--world", "0"), "--world 0: at least 1 rank"),
         (("bench", "ops", "--preset", "m2"), f"there are: {', '.join(presets.PRESETS)}"),
         (("bench", "ops", "--tokens", "1,many"), "'1,many'"),
-        (("bench", "ops", "--tokens", "0"), "tokens '0'"),
-        (("bench", "ops", "--tokens", ""), "tokens ''"),
+        (("bench", "ops", "--tokens", "0"), "--tokens '0'"),
+        (("bench", "ops", "--tokens", ""), "--tokens ''"),
+        (("bench", "model", "--concurrency", "0"), "--concurrency '0'; needed: whole numbers of at least 1"),
+        (("bench", "model", "--chunks", "0"), "--chunks '0'; needed: whole numbers of at least 1"),
         (("bench", "ops", "--baseline", "abacus"), "'abacus'"),
         (("bench", "ops", "--json", "no/such/folder/x.jsonl"), "no/such/folder"),
         (("bench", "ops", "--plot", "no/such/folder/x.png"), "no/such/folder"),
@@ -220,3 +246,32 @@ def test_a_benchmark_writes_its_files(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert str(figures) in done.stdout.replace("\n", "")
     assert str(picture) in done.stdout.replace("\n", "")
+
+
+def test_an_interrupted_check_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING, encoding="utf-8")
+    command = [sys.executable, str(script), "check", "--device", "cpu", "--world", "2"]
+    kept = {name: value for name, value in os.environ.items() if name not in ALONE}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=kept, start_new_session=True, **pipes) as parent:
+        assert [parent.stdout.readline() for _ in range(2)] == ["waiting\n"] * 2
+        os.killpg(parent.pid, signal.SIGINT)
+        out, said = parent.communicate(timeout=60)
+    assert (parent.returncode, out, said.strip()) == (130, "", "tpfuse: interrupted")
+
+
+def test_a_model_that_fails_in_every_mode_is_exit_code_1(tmp_path: Path) -> None:
+    script, figures = tmp_path / "without.py", tmp_path / "figures.jsonl"
+    script.write_text(WITHOUT_TRANSFORMERS, encoding="utf-8")
+    arguments = ("--preset", "tiny-llama", "--tp", "1", "--concurrency", "1", "--modes", "off,fused")
+    files = ("--json", str(figures), "--plot", str(tmp_path / "picture.png"))
+    done = run(str(script), "bench", "model", "--device", "cpu", *arguments, *files)
+    assert done.returncode == 1, done.stderr
+    assert [line[:32] for line in done.stderr.splitlines()] == [
+        f"tpfuse: failed: {mode}, 1 request: "[:32] for mode in ("off", "fused")
+    ]
+    assert all("transformers" in line for line in done.stderr.splitlines())
+    assert "failed" in done.stdout
+    assert [json.loads(line)["ok"] for line in figures.read_text(encoding="utf-8").splitlines()] == [False, False]
+    assert not (tmp_path / "picture.png").exists()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import failing
@@ -13,6 +16,18 @@ import torch
 from tpfuse import launch
 from tpfuse.errors import InvalidArgument, PeerTimeout, TpfuseError, Unsupported
 from tpfuse.launch import RankFailed, Ranks, resolve_world, run_ranks
+
+SLEEPING = """
+import os, time
+from tpfuse.launch import Ranks
+
+def sleeps(rank):
+    os.write(1, f"{os.getpid()}\\n".encode())
+    time.sleep(100)
+
+if __name__ == "__main__":
+    Ranks(2).run(sleeps)
+"""
 
 
 def gone(pid):
@@ -82,6 +97,47 @@ def test_no_process_outlives_its_ranks():
     assert set(multiprocessing.active_children()) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_no_rank_outlives_a_parent_that_is_killed(tmp_path, number):
+    script = tmp_path / "sleeping.py"
+    script.write_text(SLEEPING)
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        pids = [int(parent.stdout.readline()) for _ in range(2)]
+        parent.send_signal(number)
+        _, said = parent.communicate(timeout=60)  # which ends when all who have its pipes, the ranks too, have ended
+    assert all(gone(pid) for pid in pids)
+    assert said == ""
+
+
+def test_an_answer_to_a_parent_that_is_gone_is_silent(capfd):
+    ranks = Ranks(1)
+    ranks.run(failing.identity)
+    ranks._pipes[0].send((failing.sleeps, (0.5,)))
+    ranks.close(grace=60.0)
+    assert ranks._processes[0].exitcode == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_an_interrupted_job_ends_its_ranks_at_once(monkeypatch):
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    def job(ranks):
+        with ranks:
+            ranks.run(failing.sleeps, 100)
+
+    ranks = Ranks(1)
+    ranks.run(failing.identity)
+    monkeypatch.setattr(launch, "wait", interrupted)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        job(ranks)
+    assert time.monotonic() - began < launch.GRACE
+    assert not ranks._processes[0].is_alive()
+
+
 def test_tensors_of_ranks_that_have_ended_are_there():
     for rank, y in enumerate(run_ranks(failing.tensors, world=2, device_type="cpu")):
         assert y.tolist() == [[float(rank)] * 3] * 2
@@ -131,6 +187,21 @@ def test_torchrun_says_how_many_ranks_there_are(plain):
     assert resolve_world(4, "cpu") == 4
     with pytest.raises(InvalidArgument, match="--world 2, but torchrun started 4 ranks"):
         resolve_world(2, "cpu")
+
+
+@pytest.mark.parametrize("wrong", ["abc", "", "-1", "0", "1.5"])
+def test_a_world_of_torchruns_that_is_no_number_is_refused(plain, wrong):
+    plain.setenv("RANK", "0")
+    plain.setenv("WORLD_SIZE", wrong)
+    with pytest.raises(InvalidArgument, match=f"^WORLD_SIZE='{wrong}' in the environment; needed: a whole number"):
+        resolve_world(None, "cpu")
+
+
+def test_a_rank_of_torchruns_that_is_no_number_is_refused(plain):
+    plain.setenv("RANK", "first")
+    plain.setenv("WORLD_SIZE", "1")
+    with pytest.raises(InvalidArgument, match=r"^RANK='first' in the environment"):
+        run_ranks(failing.identity, world=1, device_type="cpu")
 
 
 def test_under_torchrun_the_job_runs_in_this_process(plain):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from math import inf, nan
 
 import pytest
@@ -289,6 +291,41 @@ def test_a_width_that_is_no_whole_number_of_groups_is_refused(fmt, width, needed
 def test_a_given_scale_is_one_float_where_the_rows_are(make, scale):
     with pytest.raises(InvalidArgument, match="needed: one float32 on cpu"):
         make(scale).encode(torch.ones(2, 128))
+
+
+@pytest.mark.parametrize("make", [FP8Static, NVFP4])
+def test_a_given_scale_that_is_no_tensor_is_refused(make):
+    with pytest.raises(InvalidArgument, match="needs its scale, a tensor of one float32; given: float"):
+        make(1.0)
+
+
+def test_the_floor_of_groups_is_what_torch_computes_in_fp32():
+    e4m3_max = torch.tensor(448.0, dtype=torch.float32)
+    for eps in (1e-10, 1e-12, 3e-5):
+        assert quant.group_floor(eps) == float(torch.tensor(eps, dtype=torch.float32) / e4m3_max)
+
+
+def test_no_default_of_torch_changes_numbers(monkeypatch):
+    spec = spec_from_file_location("quant_again", quant.__file__)
+    again = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, again)  # where dataclasses look for annotations
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            spec.loader.exec_module(again)
+        widened = NVFP4(GIVEN)._widen(torch.zeros(1, 8, dtype=torch.uint8))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (again.GROUP_FLOOR, again.TOKEN_FLOOR) == (quant.GROUP_FLOOR, quant.TOKEN_FLOOR)
+    assert widened.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("count", "pitch"), [(0, 0), (1, 4), (2, 4), (4, 4), (5, 8)])
+def test_columns_that_are_aligned_start_at_multiples_of_four_floats(count, pitch):
+    fmt = FP8PerGroup(column_major=True, tma_aligned=True)
+    assert fmt.pitch(count, 256) == pitch
+    if count > 1:
+        assert fmt.encode(rows(count, 256))[1].stride() == (1, pitch)
 
 
 def test_alignment_of_columns_needs_columns():

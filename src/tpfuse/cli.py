@@ -1,5 +1,6 @@
 """The command line: `tpfuse info`, `check`, `tune`, `generate`, `bench ops`, `bench model`. It starts its own ranks, or
-runs as one of them under torchrun. Bad input is one line on stderr and exit code 2; a failed check is exit code 1.
+runs as one of them under torchrun. Bad input is one line on stderr and exit code 2; a failed check, or run of a
+model, is exit code 1.
 
 Modules that import torch are imported inside the commands, so that `--help` is quick.
 """
@@ -8,11 +9,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -22,9 +23,12 @@ from tpfuse import __version__
 from tpfuse.errors import InvalidArgument, TpfuseError
 
 if TYPE_CHECKING:
+    from tpfuse.bench.model_records import ModelRecord
     from tpfuse.launch import Progress as OnProgress
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # typer brings click along under another name from 0.26 on
+
+INTERRUPTED = 130  # the exit code that newer typers make of a KeyboardInterrupt; older ones raise Abort
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 bench = typer.Typer()
@@ -200,10 +204,9 @@ def bench_model(
     ] = None,
 ) -> None:
     """Time a whole model with random weights: prompt and decode."""
-    from tpfuse.bench import model, model_records, session
+    from tpfuse.bench import model, session
     from tpfuse.bench.ops import parse_tokens
     from tpfuse.bench.plot import check_plot
-    from tpfuse.bench.records import write
 
     device = _device(device)
     if plot is not None:
@@ -215,21 +218,33 @@ def bench_model(
         if path is not None:
             _check_writable(path)
     kept = "" if profile is None else str(profile.absolute())
-    sizes = parse_tokens(chunks) if chunks else ()
-    workload = session.Workload(
-        parse_tokens(concurrency), input_len, output_len, graphs, sizes, compiler, experts, kept
-    )
+    sizes = parse_tokens(chunks, "--chunks") if chunks else ()
+    at_once = parse_tokens(concurrency, "--concurrency")
+    workload = session.Workload(at_once, input_len, output_len, graphs, sizes, compiler, experts, kept)
     asked = None if modes is None else [mode.strip() for mode in modes.split(",")]
     with _progress(f"bench {preset}") as progress:
         records = model.run(
             preset, layers=layers, world=tp, device_type=device, modes=asked, workload=workload, progress=progress
         )
-    if not _speaks():
-        return
+    if _speaks():
+        _finish_model(records, json, plot, results, profile)
+    if not all(record.ok for record in records):
+        raise typer.Exit(1)
+
+
+def _finish_model(
+    records: Sequence[ModelRecord], json: Path | None, plot: Path | None, results: Path | None, profile: Path | None
+) -> None:
+    """Save, print and draw a run of models. What failed is told on stderr as well: stdout may be going to a file."""
+    from tpfuse.bench import model_records
+    from tpfuse.bench.records import write
+
     figures, pictures = [path for path in (json,) if path], [path for path in (plot,) if path]
     if results is not None:
         name = results / model_records.result_name(records)
         figures, pictures = [*figures, name], [*pictures, name.with_suffix(".png")]
+    if not any(record.ok for record in records):
+        pictures, profile = [], None  # of nothing
     for path in figures:
         write(records, path)  # type: ignore[arg-type]
     Console().print(model_records.report(records))
@@ -237,6 +252,8 @@ def bench_model(
         model_records.plot(records, path)
     for path in (*figures, *pictures, *([profile] if profile else [])):
         print(f"written: {path}")
+    for line in model_records.failures(records):
+        print(f"tpfuse: failed: {line}", file=sys.stderr)
 
 
 @app.command()
@@ -319,17 +336,20 @@ def _progress(title: str) -> Iterator[OnProgress]:
 def main() -> None:
     """Entry point. Turns errors into one line and an exit code."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
     except _UsageError as error:
         message = error.format_message().strip()
         _stop(f"{message}{'' if message.endswith(('.', '?', '!')) else '.'} See `tpfuse --help`.")
     except TpfuseError as error:
         _stop(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        print("tpfuse: interrupted", file=sys.stderr)
+    sys.exit(code)
 
 
-def _stop(message: str) -> None:
+def _stop(message: str) -> NoReturn:
     print(f"tpfuse: error: {message}", file=sys.stderr)
     sys.exit(2)
 

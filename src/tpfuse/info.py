@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ from tpfuse.backends.cuda import missing, tuning
 from tpfuse.backends.cuda.all_reduce import DEFAULTS, Thresholds
 from tpfuse.backends.cuda.backend import WORKSPACE_BYTES
 from tpfuse.backends.cuda.workspace import MAX_WORLD, place
-from tpfuse.errors import InvalidArgument
+from tpfuse.errors import InvalidArgument, Unsupported
+
+SMI_SECONDS = 30.0  # nvidia-smi may have to start the driver
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,10 @@ class Info:
 
 def collect() -> Info:
     gpus = tuple(_gpu(i) for i in range(torch.cuda.device_count()))
-    backends = _backends()
+    links = _links(len(gpus))
+    backends = _backends(links)
     tuned = thresholds_of(place(0).model, len(gpus)) if backends[0].available else ()
-    return Info(_versions(), cpu_name(), gpus, _links(len(gpus)), backends, tuned)
+    return Info(_versions(), cpu_name(), gpus, links, backends, tuned)
 
 
 def _gpu(index: int) -> Gpu:
@@ -96,19 +100,32 @@ def _versions() -> dict[str, str]:
         versions["cuda"] = torch.version.cuda
         if dist.is_nccl_available():
             versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    driver = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
-    if driver:
-        versions["driver"] = driver.splitlines()[0].strip()
-    return versions
+    driver = _driver()
+    return versions | ({"driver": driver} if driver else {})
+
+
+def _driver() -> str:
+    """Its version, or why there is none to tell; empty where there is no nvidia-smi."""
+    try:
+        return _first_line(_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader"))
+    except Unsupported as error:
+        return f"not available ({error})"
 
 
 def _links(count: int) -> tuple[Link, ...]:
-    kinds = topology(_nvidia_smi("topo", "-m"))
+    kinds = _kinds() if count > 1 else {}
     return tuple(
         Link(a, b, torch.cuda.can_device_access_peer(a, b), kinds.get((a, b), ""))
         for a in range(count)
         for b in range(a + 1, count)
     )
+
+
+def _kinds() -> dict[tuple[int, int], str]:
+    try:
+        return topology(_nvidia_smi("topo", "-m"))
+    except Unsupported:  # why is told as the driver's version
+        return {}
 
 
 def topology(matrix: str) -> dict[tuple[int, int], str]:
@@ -123,18 +140,30 @@ def topology(matrix: str) -> dict[tuple[int, int], str]:
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    """What nvidia-smi prints, or nothing where there is none."""
+    """What nvidia-smi prints, or nothing where there is none. Raises Unsupported where it is of no use."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ""
-    done = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=30, check=False)
-    return done.stdout if done.returncode == 0 else ""
+    try:
+        done = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise Unsupported(f"{tool} did not answer within {SMI_SECONDS:g} s") from error
+    except OSError as error:
+        raise Unsupported(f"{tool} can't be run: {error.strerror}") from error
+    if done.returncode:
+        said = _first_line(done.stderr or done.stdout)
+        raise Unsupported(f"{tool} ended with code {done.returncode}{': ' if said else ''}{said}")
+    return done.stdout
 
 
-def _backends() -> tuple[BackendState, ...]:
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0].strip()
+
+
+def _backends(links: Sequence[Link]) -> tuple[BackendState, ...]:
     transports = [name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", _nccl())) if there]
     detail = f"through {' and '.join(transports)}: all ops, any number of ranks, across nodes"
-    reason = _why_not_cuda()
+    reason = _why_not_cuda(links)
     served = f"all ops in own kernels, for 2 to {MAX_WORLD} of these GPUs"
     held = f"{WORKSPACE_BYTES / 2**20:.1f} MiB of workspace a group and GPU"
     return (
@@ -157,12 +186,12 @@ def thresholds_of(model: str, gpus: int) -> tuple[Tuned, ...]:
     )
 
 
-def _why_not_cuda() -> str | None:
+def _why_not_cuda(links: Sequence[Link]) -> str | None:
     """Why the cuda backend can't work between the GPUs of this machine. Ranks judge again, together, for theirs."""
     count = torch.cuda.device_count()
     if count < 2:
         return f"needs at least 2 GPUs that reach each other; torch sees {count}"
-    apart = next((f"{link.a} and {link.b}" for link in _links(count) if not link.p2p), None)
+    apart = next((f"{link.a} and {link.b}" for link in links if not link.p2p), None)
     return missing() or (f"no peer access between GPUs {apart}" if apart else None)
 
 

@@ -4,7 +4,7 @@ Under torchrun (RANK and WORLD_SIZE set) nothing is started: this process is one
 
 A job is a module-level function `job(rank: Rank, *args)`. What it returns comes back to the caller, one value a rank;
 what it raises is raised there, as the rank's TpfuseError or as RankFailed with the traceback. A rank that dies without
-a word is an error too, and no rank outlives the caller.
+a word is an error too, and no rank outlives the caller, however that ends.
 """
 
 from __future__ import annotations
@@ -12,20 +12,25 @@ from __future__ import annotations
 import gc
 import multiprocessing as mp
 import os
+import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from threading import Thread
 from types import TracebackType
 from typing import Any
 
 from tpfuse.errors import InvalidArgument, PeerTimeout, TpfuseError, Unsupported
 
 Progress = Callable[[int, int, str], None]  # done, total, what
+GRACE = 10.0  # seconds in which ranks may end by themselves
 
 
 class RankFailed(TpfuseError):
@@ -53,7 +58,7 @@ def resolve_world(world: int | None, device_type: str) -> int:
     if world is not None and world < 1:
         raise InvalidArgument(f"--world {world}: at least 1 rank is needed.")
     if under_torchrun():
-        given = int(os.environ["WORLD_SIZE"])
+        given = _torchruns("WORLD_SIZE", 1)
         if world not in (None, given):
             raise InvalidArgument(f"--world {world}, but torchrun started {given} ranks. Leave --world out.")
         return given
@@ -82,15 +87,16 @@ class Ranks:
         address = f"tcp://127.0.0.1:{free_port()}"
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
-        for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, rank, world, device_type, address, timeout), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        with _interrupts_wait():
+            for rank in range(world):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_serve, args=(theirs, rank, world, device_type, address, timeout), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._pipes.append(ours)
+                self._processes.append(process)
 
     def run(self, job: Callable[..., Any], *args: Any, progress: Progress | None = None) -> list[Any]:
         """Raises the first failure: a rank's own TpfuseError, or RankFailed."""
@@ -107,7 +113,7 @@ class Ranks:
         waiting = set(range(self.world))
         while waiting:
             # After a failure the other ranks get a moment to end or fail in their own words.
-            ready = wait([self._pipes[rank] for rank in waiting], timeout=10 if failures else None)
+            ready = wait([self._pipes[rank] for rank in waiting], timeout=GRACE if failures else None)
             if not ready:
                 break
             for rank in [rank for rank in waiting if self._pipes[rank] in ready]:
@@ -145,10 +151,11 @@ class Ranks:
         self._processes[rank].kill()
         self._processes[rank].join()
 
-    def close(self) -> None:
+    def close(self, grace: float = GRACE) -> None:
+        """End the ranks: by themselves within `grace` seconds, or by force."""
         for pipe in self._pipes:
             pipe.close()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + grace
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
@@ -161,7 +168,8 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        self.close(0.0 if interrupted else GRACE)
 
 
 def run_ranks(
@@ -169,7 +177,7 @@ def run_ranks(
 ) -> list[Any]:
     """Run a job once. Under torchrun it runs in this process, and the list holds this rank's result only."""
     if under_torchrun():
-        rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+        rank, local = _torchruns("RANK", 0), _torchruns("LOCAL_RANK", 0)
         join_group(rank, world, device_type, "env://", 120.0, local)
         try:
             return [job(Rank(rank, world, device_type, progress if progress and rank == 0 else _ignore), *args)]
@@ -216,15 +224,53 @@ def _ignore(done: int, total: int, what: str) -> None:
     """No progress wanted."""
 
 
+def _torchruns(name: str, least: int) -> int:
+    """A number that torchrun has put into the environment; LOCAL_RANK may be left out."""
+    text = os.environ.get(name, "0")
+    if not text.isdecimal() or int(text) < least:
+        raise InvalidArgument(
+            f"{name}={text!r} in the environment; needed: a whole number of at least {least}, as torchrun sets it. "
+            "Unset RANK and WORLD_SIZE to start ranks without torchrun."
+        )
+    return int(text)
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Hold SIGINT back while ranks start. They inherit that, so that Ctrl-C reaches none before it ignores SIGINT."""
+    resource_tracker.ensure_running()  # starting it later, with the first rank, would let SIGINT through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _belong_to_parent() -> None:
+    """A rank ends when its parent does, whatever it is busy with, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    parent = mp.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    Thread(target=follow, name="tpfuse-follow-parent", daemon=True).start()
+
+
 def _serve(pipe: Connection, rank: int, world: int, device_type: str, address: str, timeout: float) -> None:
     """A rank's process: join the group, then run jobs until the pipe closes."""
+    _belong_to_parent()
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     try:
         join_group(rank, world, device_type, address, timeout, rank)
     except TpfuseError as error:
-        pipe.send(("error", error))
+        with suppress(OSError):  # the parent is gone
+            pipe.send(("error", error))
         return
     me = Rank(rank, world, device_type, lambda *state: pipe.send(("progress", state)))
     while True:
@@ -238,5 +284,8 @@ def _serve(pipe: Connection, rank: int, world: int, device_type: str, address: s
             answer = ("error", error)
         except BaseException:
             answer = ("error", traceback.format_exc())
-        pipe.send(answer)
+        try:
+            pipe.send(answer)
+        except OSError:  # nobody waits for it any more
+            break
     leave_group()

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from ctypes import c_float
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -36,11 +37,18 @@ E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 # Of amax / 448, as vLLM has them: a token of zeros has a scale too. 1e-10 is meant for amax, hence the division.
 TOKEN_FLOOR = 1.0 / (E4M3_MAX * 512.0)
-GROUP_FLOOR = float(torch.tensor(1e-10) / torch.tensor(E4M3_MAX))
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the low three bits of the code; the fourth is the sign
 # Halfway between neighbours of E2M1; a tie goes to the even code, so the odd ones belong to the code above.
 _HALFWAY = tuple((a + b) / 2 for a, b in pairwise(E2M1))
 ROW_TILE, COLUMN_TILE = 128, 4  # of swizzled scales
+
+
+def group_floor(eps: float) -> float:
+    """eps / 448 in fp32. Not by torch: this runs at import, where a default dtype or device would change it."""
+    return c_float(c_float(eps).value / E4M3_MAX).value
+
+
+GROUP_FLOOR = group_floor(1e-10)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +162,9 @@ class FP8Static(Format):
     kind = "fp8_static"
     group = 0
     scale: Tensor
+
+    def __post_init__(self) -> None:
+        needed(self.scale)
 
     @property
     def given(self) -> Tensor:
@@ -302,6 +313,9 @@ class NVFP4(_Swizzlable):
     global_scale: Tensor
     swizzled: bool = True
 
+    def __post_init__(self) -> None:
+        needed(self.global_scale)
+
     @property
     def given(self) -> Tensor:
         return self.global_scale
@@ -321,7 +335,7 @@ class NVFP4(_Swizzlable):
 
     def _widen(self, quant: Tensor) -> Tensor:
         codes = torch.stack((quant & 15, quant >> 4), -1).flatten(-2).long()
-        return torch.tensor([*E2M1, *(-x for x in E2M1)], device=quant.device)[codes]
+        return torch.tensor([*E2M1, *(-x for x in E2M1)], dtype=torch.float32, device=quant.device)[codes]
 
     def _factors(self, scale: Tensor) -> Tensor:
         return scale.float() * (1.0 / self.global_scale.reshape(()))
@@ -341,9 +355,11 @@ FORMATS: dict[str, Callable[[Tensor | None], Format]] = {
 }
 
 
-def needed(given: Tensor | None) -> Tensor:
-    if given is None:
-        raise InvalidArgument("quant: this format needs its scale, a tensor of one float32.")
+def needed(given: object) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise InvalidArgument(
+            f"quant: this format needs its scale, a tensor of one float32; given: {type(given).__name__}."
+        )
     return given
 
 

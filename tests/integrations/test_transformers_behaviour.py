@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,10 @@ from ulps import error
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'tpfuse[transformers]'")
 
+from tpfuse import Communicator
 from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.integrations import transformers as integration
-from tpfuse.integrations.transformers.integration import _refuse
+from tpfuse.integrations.transformers.integration import SETTINGS, _refuse
 from tpfuse.integrations.transformers.layers import head_norm
 
 ONE_OF_EACH = pytest.mark.parametrize("name", ["llama", "minimax-m2", "minimax-m3", "nemotron-h"])
@@ -184,6 +186,15 @@ def test_a_model_that_is_not_ours_says_so():
 def test_unknown_modes_are_refused():
     with pytest.raises(InvalidArgument, match="mode='fast'; supported: off, control, fused"):
         integration.enable("fast")
+
+
+def test_settings_that_a_communicator_does_not_have_are_refused():
+    with pytest.raises(InvalidArgument, match="unknown setting foo; supported: backend, max_hidden, timeout"):
+        integration.enable("fused", foo=1, timeout=5.0)
+
+
+def test_settings_are_those_of_the_communicator():
+    assert {"group", "device", "mode", *SETTINGS} == set(signature(Communicator).parameters)
 
 
 def test_another_transformers_is_refused(monkeypatch):

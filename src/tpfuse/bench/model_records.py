@@ -110,13 +110,18 @@ def report(records: Sequence[ModelRecord]) -> RenderableType:
     if any(r.captured for r in records):
         parts.append(_captured(records))
     parts += [_chunks(r) for r in records if r.chunk_s]
-    parts += [Text(f"{r.name}, {_requests(r.concurrency)}: {r.error}", style="red") for r in records if not r.ok]
+    parts += [Text(line, style="red") for line in failures(records)]
     parts += [
         Text(f"not as requested: {reason}", style="yellow") for reason in sorted({r.reason for r in records} - {""})
     ]
     if first.gpu.startswith("CPU"):
         parts.append(Text(CPU_NOTE, style="yellow"))
     return Group(*parts)
+
+
+def failures(records: Sequence[ModelRecord]) -> list[str]:
+    """What failed, and why: a line for each row."""
+    return [f"{r.name}, {_requests(r.concurrency)}: {r.error}" for r in records if not r.ok]
 
 
 def _captured(records: Sequence[ModelRecord]) -> Table:

@@ -40,12 +40,12 @@ DEFAULT_TOKENS: Mapping[str, tuple[int, ...]] = {
 }
 
 
-def parse_tokens(text: str) -> tuple[int, ...]:
-    """`1,8,64` as numbers. Raises InvalidArgument."""
+def parse_tokens(text: str, option: str = "--tokens") -> tuple[int, ...]:
+    """`1,8,64` as numbers. option: what the message calls it. Raises InvalidArgument."""
     try:
         return _checked_tokens([int(part) for part in text.split(",")])
     except ValueError as error:
-        raise InvalidArgument(f"tokens {text!r}; needed: whole numbers of at least 1, as in 1,8,64.") from error
+        raise InvalidArgument(f"{option} {text!r}; needed: whole numbers of at least 1, as in 1,8,64.") from error
 
 
 def run(

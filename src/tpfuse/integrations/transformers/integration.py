@@ -37,6 +37,7 @@ from tpfuse.integrations.transformers.sharding import Sharding
 from tpfuse.plan import MODES, Report
 
 SUPPORTED = "5.17 and 5.23"
+SETTINGS = ("backend", "max_hidden", "timeout")  # of the Communicator; the others of its arguments the model decides
 ROUTER = "ep_router"  # the stock style that stays inside of a mixer
 
 
@@ -98,12 +99,16 @@ def enable(mode: str = "fused", **settings: Any) -> None:
     """From now on, models that are loaded with a TP plan run through tpfuse.
 
     mode: "fused", "control" (the same, but all-reduce and norm stay separate) or "off" (every sum reduced where the
-    model's author reduces it). All three divide the weights alike. settings: of the Communicator, such as timeout.
+    model's author reduces it). All three divide the weights alike. settings: backend, max_hidden and timeout of the
+    Communicator, which is made when a model is loaded, and checks their values then.
     Raises Unsupported for a transformers that it does not know. Calling it again changes the mode for later models.
     """
     global _enabled
     if mode not in MODES:
         raise InvalidArgument(f"enable: mode={mode!r}; supported: {', '.join(MODES)}.")
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise InvalidArgument(f"enable: unknown setting {', '.join(unknown)}; supported: {', '.join(SETTINGS)}.")
     disable()
     try:
         from transformers import PreTrainedModel

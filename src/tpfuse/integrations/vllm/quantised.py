@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from tpfuse.quant import E4M3_MAX, GROUP_FLOOR, TOKEN_FLOOR, FP8PerGroup
+from tpfuse.quant import E4M3_MAX, GROUP_FLOOR, TOKEN_FLOOR, FP8PerGroup, group_floor
 
 aten, prims = torch.ops.aten, torch.ops.prims
 FP8 = torch.float8_e4m3fn
@@ -75,8 +75,7 @@ def _operator(node: fx.Node, norm: fx.Node) -> Quantised | None:
 
 def _is_plain_group(given: dict[str, Any]) -> bool:
     numbers = (given["group_size"], given["fp8_max"], given["scale_ue8m0"])
-    floor = float(torch.tensor(given["eps"]) / torch.tensor(E4M3_MAX))
-    return numbers == (FP8PerGroup.group, E4M3_MAX, False) and floor == GROUP_FLOOR
+    return numbers == (FP8PerGroup.group, E4M3_MAX, False) and group_floor(given["eps"]) == GROUP_FLOOR
 
 
 def _group_kind(given: dict[str, Any]) -> str:
