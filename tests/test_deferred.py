@@ -136,6 +136,27 @@ def test_a_residual_is_added_once(alone):
         made.reduce()
 
 
+def test_a_residual_that_comes_too_late_is_an_error(alone):
+    deferral = Deferral(alone)
+    with deferral.forward():
+        made = deferral.pending(partial(), "mlp")
+        made.norm(WEIGHT, eps=1e-6)
+        with pytest.raises(DeferralError, match="mlp: consumed already, so nothing adds this residual"):
+            made.onto(RESIDUAL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_residual_keeps_its_dtype_however_it_is_consumed(alone, dtype, stream):
+    deferral, residual = Deferral(alone), RESIDUAL.to(stream)
+    with deferral.forward():
+        normed, made = (deferral.pending(partial().to(dtype), "mlp").onto(residual) for _ in range(2))
+        normed.norm(WEIGHT.to(dtype), eps=1e-6)
+        assert made.reduce().dtype == stream
+    assert torch.equal(made.total, normed.total)
+    assert torch.equal(made.total, (residual.float() + partial().to(dtype).float()).to(stream))
+
+
 def test_the_total_is_there_once_it_is_reduced(alone):
     deferral = Deferral(alone)
     with deferral.forward():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import failing
 import jobs
 import pytest
@@ -9,7 +12,7 @@ import torch
 from ulps import assert_within, same_bits, worst
 
 from tpfuse import Communicator, nn, reference
-from tpfuse.errors import InvalidArgument
+from tpfuse.errors import InvalidArgument, Unsupported
 
 worlds = pytest.mark.parametrize("world", [1, 2, 3, 4])
 
@@ -199,3 +202,17 @@ def test_a_layer_boundary_is_the_op(on_ranks, with_residual, world):
 
 def test_modules_print(alone: Communicator):
     assert "ShardedRMSNorm" in repr(torch.nn.Sequential(nn.ShardedRMSNorm(8, alone)))
+
+
+def test_a_copy_of_a_module_has_weights_of_its_own_and_the_same_communicator(alone: Communicator):
+    made = torch.nn.Sequential(nn.AllReduceRMSNorm(8, alone), nn.ShardedRMSNorm(8, alone))
+    copied = copy.deepcopy(made)
+    copied[1].weight.fill_(3.0)
+    assert copied[0].comm is copied[1].comm is alone
+    assert torch.equal(made[1].weight, torch.ones(8))
+    torch.testing.assert_close(copied[1](randn(2, 8)), 3 * made[1](randn(2, 8)))
+
+
+def test_a_module_with_a_communicator_is_not_pickled(alone: Communicator):
+    with pytest.raises(Unsupported, match=r"can't be pickled.*state_dict\(\)"):
+        pickle.dumps(nn.AllReduceRMSNorm(8, alone))

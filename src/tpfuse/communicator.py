@@ -507,6 +507,16 @@ class Communicator:
         self._failure = diagnose(self._board, number, str(call), cause, self.timeout)
         return self._failure
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
+        """Itself: making one is collective, and copies of a model run over the same ranks."""
+        return self
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise Unsupported(
+            f"{self!r} can't be pickled: it is a process group and memory of this process. Save the state_dict() of "
+            "modules that hold it, and make a Communicator in the process that loads it."
+        )
+
 
 def count_rows(x: Tensor) -> int:
     """Rows of `[..., n]`."""

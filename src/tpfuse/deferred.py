@@ -137,6 +137,8 @@ class PendingReduction:
         """The same with the residual stream to which the sum is to be added."""
         if self._residual is not None:
             raise DeferralError(f"{self.origin}: has a residual already. A mixer's output is added once.")
+        if self._partial is None:
+            raise DeferralError(f"{self.origin}: consumed already, so nothing adds this residual. Put it on before.")
         self._residual = residual
         return self
 
@@ -166,14 +168,15 @@ class PendingReduction:
         return out
 
     def reduce(self) -> Tensor:
-        """The whole value, now. Consumes this. Its residual must have all rows."""
+        """The whole value, now, in the dtype of the residual as after a norm. Consumes this. Its residual must have all
+        rows."""
         if self._residual is not None and self._partial is not None and self._residual.shape != self._partial.shape:
             raise DeferralError(
                 f"{self.origin}: its residual has shape {list(self._residual.shape)}, the sum "
                 f"{list(self._partial.shape)}. Of a residual that is sharded by rows, gather_rows() first."
             )
         summed = self._deferral.comm.all_reduce(self._take())
-        self._total = summed if self._residual is None else self._residual + summed
+        self._total = summed if self._residual is None else (self._residual + summed).to(self._residual.dtype)
         return self._total
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +82,103 @@ def layer_alone(rank: Rank, path: Path) -> Any:
         return model.model.layers[0](x, position_embeddings=angles)
 
 
+def divided_weights(model: Any) -> dict[str, Tensor]:
+    """The tensors of the checkpoint that are divided over the ranks."""
+    kept = {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+        for name, tensor in model.state_dict().items()
+    }
+    divided = model._tpfuse.sharding
+    return {name: tensor for name, tensor in divided.join(kept).items() if name in divided.parts}
+
+
+def replaced_weights(rank: Rank, path: Path, how: str, compiler: str = "") -> list[Tensor]:
+    """Logits; of weights that are written to; and of the same weights, replaced. compiler: of what is then called."""
+    with tiny.closing(tiny.load(path, "fused", rank.world)) as model, torch.no_grad():
+        forward = torch.compile(model, backend=compiler, fullgraph=True) if compiler else model
+        found = [forward(torch.tensor(PROMPT), use_cache=False).logits]
+        old = divided_weights(model)
+        new = {name: tensor * 3 if "v_proj" in name else tensor for name, tensor in old.items()}
+        model.load_state_dict(new, strict=False)
+        found.append(forward(torch.tensor(PROMPT), use_cache=False).logits)
+        model.load_state_dict(old, strict=False)
+        if how == "assigned":
+            model.load_state_dict(new, strict=False, assign=True)
+        elif how == "converted":
+            model.to(torch.float64).to(torch.float32).load_state_dict(new, strict=False)
+        else:
+            for name, parameter in model.named_parameters():
+                parameter.data = parameter.data * 3 if "v_proj" in name else parameter.data
+        found.append(forward(torch.tensor(PROMPT), use_cache=False).logits)
+        return found
+
+
+def one_product(rank: Rank, path: Path) -> list[bool]:
+    """Whether q, k and v are one product: as loaded, converted, shared between processes, with v assigned."""
+    found = []
+    with tiny.closing(tiny.load(path, "fused", rank.world)) as model, torch.inference_mode():
+        attention = model.model.layers[0].self_attn
+        for change in (
+            lambda: None,
+            lambda: model.to(torch.bfloat16),
+            lambda: attention.share_memory(),
+            lambda: setattr(attention.v_proj.weight, "data", attention.v_proj.weight.data.clone()),
+        ):
+            change()
+            model(torch.tensor(PROMPT))
+            found.append(attention.together is not None)
+    return found
+
+
+def watched_projection(rank: Rank, path: Path, how: str) -> tuple[Tensor, Tensor]:
+    """What a hook on a projection, or an adapter around it, makes of v, if it doubles it; and doubled weights."""
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x)
+
+    with tiny.closing(tiny.load(path, "fused", rank.world)) as model, torch.no_grad():
+        attention = model.model.layers[0].self_attn
+        weight = attention.v_proj.weight
+        weight.mul_(2)
+        expected = model(torch.tensor(PROMPT)).logits
+        weight.div_(2)
+        if how == "adapter":
+            attention.v_proj = Doubled(attention.v_proj)
+        elif how == "hook":
+            attention.v_proj.register_forward_hook(lambda module, args, output: 2 * output)
+        else:
+            attention.v_proj.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        return model(torch.tensor(PROMPT)).logits, expected
+
+
+def other_dtypes(rank: Rank, path: Path, dtype: torch.dtype) -> list[str]:
+    """Of a model that is converted to dtype, what its state dict has in another."""
+    with tiny.closing(tiny.load(path, "fused", rank.world)) as model:
+        return [name for name, tensor in model.to(dtype).state_dict().items() if tensor.dtype != dtype]
+
+
+def copied(rank: Rank, path: Path) -> list[str]:
+    """What copying a model says, and copying a part of it."""
+    said = []
+    with tiny.closing(tiny.load(path, "fused", rank.world)) as model:
+        for module in (model, model.model, model.model.layers[0]):
+            try:
+                deepcopy(module)
+            except Unsupported as error:
+                said.append(str(error))
+    return said
+
+
 def reloaded(rank: Rank, path: Path) -> list[Tensor]:
     """Logits; with all weights zero; and with the checkpoint's tensors loaded again."""
     with tiny.closing(tiny.load(path, "fused", rank.world)) as model:
         found = [model(torch.tensor(PROMPT)).logits]
-        kept = {
-            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
-            for name, tensor in model.state_dict().items()
-        }
-        divided = model._tpfuse.sharding
-        kept = {name: tensor for name, tensor in divided.join(kept).items() if name in divided.parts}
+        kept = divided_weights(model)
         for name in kept:
             model.get_parameter(name).data.zero_()
         found.append(model(torch.tensor(PROMPT)).logits)

@@ -135,6 +135,36 @@ def test_a_state_dict_is_loaded_again(name, checkpoint, on_ranks):
 
 
 @pytest.mark.parametrize(
+    ("how", "compiler"),
+    [("assigned", ""), ("converted", ""), ("data", ""), ("assigned", "aot_eager"), ("converted", "aot_eager")],
+)
+def test_weights_that_are_replaced_are_those_that_multiply(how, compiler, checkpoint, on_ranks):
+    for before, written, replaced in on_ranks(2, jobs.replaced_weights, checkpoint("minimax-m2"), how, compiler):
+        assert not torch.allclose(before, written, rtol=0, atol=1e-3)
+        torch.testing.assert_close(replaced, written, rtol=0, atol=1e-5)
+
+
+def test_q_k_and_v_stay_one_product_unless_one_is_assigned(checkpoint, on_ranks):
+    assert on_ranks(2, jobs.one_product, checkpoint("minimax-m2")) == [[True, True, True, False]] * 2
+
+
+@pytest.mark.parametrize("how", ["hook", "hook before", "adapter"])
+def test_a_projection_that_is_watched_or_wrapped_is_called(how, checkpoint, on_ranks):
+    for found, expected in on_ranks(2, jobs.watched_projection, checkpoint("minimax-m2"), how):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_state_dict_has_the_dtype_of_a_converted_model(checkpoint, on_ranks):
+    assert on_ranks(2, jobs.other_dtypes, checkpoint("llama"), torch.bfloat16) == [[], []]
+
+
+def test_a_model_is_not_copied_silently_in_part(checkpoint, on_ranks):
+    for said in on_ranks(2, jobs.copied, checkpoint("llama")):
+        assert len(said) == 3
+        assert all("can't be copied" in text for text in said)
+
+
+@pytest.mark.parametrize(
     "name", ["llama", "qwen3", *(f"{name}, all experts" for name in ("minimax-m2", "minimax-m3", "nemotron-h"))]
 )
 def test_sixteen_bits_are_no_further_from_fp64_than_stock(name, checkpoint, on_ranks):

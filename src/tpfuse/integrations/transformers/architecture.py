@@ -77,7 +77,7 @@ class Architecture:
     shards, and beside it one of tensor_experts and expert_parallel: what is divided.
     local, expert_local: fields of modules that count what one rank has, always and with expert parallelism.
     forwards: modules whose forward is replaced in every mode.
-    together: Linears of a module whose weights lie in one tensor, its `together`, for forwards that multiply once.
+    together: Linears of a module whose weights lie in one tensor, for forwards that multiply once (`together.py`).
     check: raises Unsupported for what can't be divided, where Segments don't say it.
     """
 

@@ -19,8 +19,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from tpfuse.communicator import Communicator
 from tpfuse.deferred import Deferral, Place
 from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.integrations.transformers import layers
-from tpfuse.integrations.transformers.architecture import Architecture, pattern_of
+from tpfuse.integrations.transformers.architecture import Architecture, Forward, pattern_of
 from tpfuse.integrations.transformers.architectures import ARCHITECTURES
 from tpfuse.integrations.transformers.sharding import Sharding
 from tpfuse.plan import MODES, Report
@@ -249,16 +250,25 @@ def _give_forwards(
         for attribute, value in local[pattern](module, base.config, place.world).items() if pattern in local else ():
             setattr(module, attribute, value)
         if pattern in architecture.forwards:
-            module.forward = architecture.forwards[pattern](module, deferral.comm)
+            _give(module, architecture.forwards[pattern](module, deferral.comm))
         if pattern in architecture.reduces:
-            module.forward = layers.mixer(module, deferral, place, name)
+            _give(module, layers.mixer(module, deferral, place, name))
         if place.deferring and pattern in architecture.norms:
-            module.forward = layers.norm(module, getattr(module, architecture.norm_eps), architecture.norm_bias)
+            _give(module, layers.norm(module, getattr(module, architecture.norm_eps), architecture.norm_bias))
         if place.deferring and pattern in architecture.head_norms:
-            module.forward = layers.head_norm(module, getattr(module, architecture.norm_eps), architecture.norm_bias)
+            _give(module, layers.head_norm(module, getattr(module, architecture.norm_eps), architecture.norm_bias))
         if place.deferring and pattern == f"{architecture.layers}.*":
-            module.forward = architecture.layer(module, followers[int(name.rpartition(".")[2])])
-    base.forward = layers.model(base, deferral)
+            _give(module, architecture.layer(module, followers[int(name.rpartition(".")[2])]))
+    _give(base, layers.model(base, deferral))
+
+
+def _give(module: Any, forward: Forward) -> None:
+    """A forward knows its module. In a copy it would go on running the module that was copied."""
+    module.forward, module.__deepcopy__ = forward, partial(_no_copy, type(module).__name__)
+
+
+def _no_copy(name: str, memo: dict[int, Any]) -> NoReturn:
+    raise Unsupported(f"{name}: a model that runs through tpfuse can't be copied. Load it with from_pretrained again.")
 
 
 def _save_in_order(model: Any, sharding: Sharding) -> None:

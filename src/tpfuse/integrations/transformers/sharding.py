@@ -26,6 +26,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from tpfuse.integrations.transformers.architecture import Architecture, pattern_of
 from tpfuse.integrations.transformers.split import Split
+from tpfuse.integrations.transformers.together import tie
 
 
 @dataclass
@@ -77,12 +78,8 @@ class Sharding:
     def put_together(self, base: nn.Module, architecture: Architecture) -> None:
         """After `finish`: weights that one matrix product uses become views of one tensor."""
         for name, module in base.named_modules():
-            linears = [module.get_submodule(linear) for linear in architecture.together.get(pattern_of(name), ())]
-            if linears:
-                weights: list[Any] = [linear.weight for linear in linears]
-                module.register_buffer("together", torch.cat(weights), persistent=False)
-                for linear, view in zip(linears, module.together.split([len(w) for w in weights]), strict=True):
-                    linear.weight = nn.Parameter(view, requires_grad=False)
+            if linears := architecture.together.get(pattern_of(name)):
+                tie(module, linears)
 
     def _local(self, part: Part, loaded: Tensor) -> Tensor:
         if part.split is None:
@@ -96,7 +93,9 @@ class Sharding:
         def give(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
             for parameter, part in own.items():
                 if part.split is None:
-                    state[prefix + parameter] = part.whole
+                    assert part.whole is not None
+                    if self.rank > 0:  # the model may have been converted since: in the dtype of the zeros
+                        state[prefix + parameter] = part.whole.to(state[prefix + parameter])
                 else:
                     local, dim = state[prefix + parameter], part.split.dim
                     state[prefix + parameter] = DTensor.from_local(local, self.mesh, [Shard(dim)], run_check=False)
@@ -111,7 +110,7 @@ class Sharding:
                     given = given.to_local()
                 elif isinstance(given, Tensor) and part.split is None:
                     part.whole = given.to(module._parameters[parameter])
-                    given = part.whole if self.rank == 0 else torch.zeros_like(given)
+                    given = part.whole if self.rank == 0 else torch.zeros_like(part.whole)
                 elif isinstance(given, Tensor) and given.shape != module._parameters[parameter].shape:  # type: ignore[union-attr]
                     assert part.split is not None
                     given = part.split.cut(given, self.rank, self.world)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from tpfuse.communicator import Communicator
 from tpfuse.errors import Unsupported
@@ -30,6 +29,7 @@ from tpfuse.integrations.transformers.architecture import (
     rows,
 )
 from tpfuse.integrations.transformers.layers import two_norms
+from tpfuse.integrations.transformers.together import products
 from tpfuse.rope import Rope
 
 NORMS = ("layers.*.input_layernorm", "layers.*.post_attention_layernorm", "norm")
@@ -73,8 +73,7 @@ def normed_attention(module: Module, comm: Communicator) -> Forward:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         gammas = module.q_norm.weight, module.k_norm.weight
-        widths = len(gammas[0]), len(gammas[1]), len(gammas[1])
-        q, k, v = linear(hidden_states, module.together).split(widths, -1)
+        q, k, v = products(module, hidden_states)
         q, k = comm.qk_rms_norm(q, k, *gammas, eps=eps, rope=position_embeddings)
         q, k, v = (states.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for states in (q, k, v))
         if past_key_values is not None:
