@@ -56,6 +56,7 @@ def compiled(rank: Rank, path: Path, mode: str, backend: str) -> dict[str, Any]:
 
     counter = CompileCounterWithBackend(backend)
     with tiny.closing(tiny.load(path, mode, rank.world)) as model:
+        torch._dynamo.reset()
         forward = torch.compile(model, backend=counter, fullgraph=True)
         logits = [forward(torch.tensor(PROMPT), use_cache=False).logits.detach() for _ in range(2)]
         return {"logits": logits, "graphs": counter.frame_count, "calls": dict(tiny.calls(model))}
@@ -95,6 +96,7 @@ def divided_weights(model: Any) -> dict[str, Tensor]:
 def replaced_weights(rank: Rank, path: Path, how: str, compiler: str = "") -> list[Tensor]:
     """Logits; of weights that are written to; and of the same weights, replaced. compiler: of what is then called."""
     with tiny.closing(tiny.load(path, "fused", rank.world)) as model, torch.no_grad():
+        torch._dynamo.reset()  # models of other tests in this process count against its limit
         forward = torch.compile(model, backend=compiler, fullgraph=True) if compiler else model
         found = [forward(torch.tensor(PROMPT), use_cache=False).logits]
         old = divided_weights(model)
