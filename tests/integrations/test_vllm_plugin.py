@@ -556,19 +556,24 @@ def test_a_model_that_is_built_without_values_is_left_to_vllm(serving, log):
     assert "the model is built without values" in log.text
 
 
+def serves(monkeypatch, architecture, attention):
+    """A vLLM that serves a model of this architecture, and whose MiniMax-M2 has this attention."""
+    config = ModuleType("vllm.config")
+    hf = SimpleNamespace(architectures=[architecture])
+    config.get_current_vllm_config = lambda: SimpleNamespace(model_config=SimpleNamespace(hf_config=hf))
+    base = ModuleType("vllm.model_executor.layers.rotary_embedding.base")
+    base.RotaryEmbedding = StandInRotary
+    model = ModuleType("vllm.model_executor.models.minimax_m2")
+    model.MiniMaxM2Attention = attention
+    modules(monkeypatch, config, base, model)
+
+
 def test_an_attention_that_raises_while_it_is_looked_at_is_vllms(serving, log, monkeypatch):
     class Attention(StandInAttention):
         def forward(self, positions, hidden_states):
             return "vLLM's own"
 
-    config = ModuleType("vllm.config")
-    hf = SimpleNamespace(architectures=["MiniMaxM2ForCausalLM"])
-    config.get_current_vllm_config = lambda: SimpleNamespace(model_config=SimpleNamespace(hf_config=hf))
-    base = ModuleType("vllm.model_executor.layers.rotary_embedding.base")
-    base.RotaryEmbedding = StandInRotary
-    model = ModuleType("vllm.model_executor.models.minimax_m2")
-    model.MiniMaxM2Attention = Attention
-    modules(monkeypatch, config, base, model)
+    serves(monkeypatch, "MiniMaxM2ForCausalLM", Attention)
     monkeypatch.setattr(qk_norm, "FORWARD", Attention.forward.__code__.co_names)
     qk_norm._install_rope()
     rotary = StandInRotary()
@@ -584,14 +589,7 @@ def test_another_model_keeps_its_attention(other, serving, log, monkeypatch):
         def forward(self, positions, hidden_states):
             return self.attn(hidden_states)
 
-    config = ModuleType("vllm.config")
-    hf = SimpleNamespace(architectures=["Llama" if other == "architecture" else "MiniMaxM2ForCausalLM"])
-    config.get_current_vllm_config = lambda: SimpleNamespace(model_config=SimpleNamespace(hf_config=hf))
-    base = ModuleType("vllm.model_executor.layers.rotary_embedding.base")
-    base.RotaryEmbedding = StandInRotary
-    model = ModuleType("vllm.model_executor.models.minimax_m2")
-    model.MiniMaxM2Attention = Attention
-    modules(monkeypatch, config, base, model)
+    serves(monkeypatch, "Llama" if other == "architecture" else "MiniMaxM2ForCausalLM", Attention)
     if other == "architecture":
         monkeypatch.setattr(qk_norm, "FORWARD", Attention.forward.__code__.co_names)
     stock = Attention.forward

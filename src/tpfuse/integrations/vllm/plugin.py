@@ -42,7 +42,7 @@ def register() -> None:
 def _tell_ray() -> None:
     """vLLM's workers under Ray get the variables that vLLM knows, and those that it is told of."""
     named = [name for name in os.environ.get(RAY, "").split(",") if name]
-    ours = [name for name in os.environ if name.startswith("TPFUSE_") and name not in named]
+    ours = sorted(name for name in os.environ if name.startswith("TPFUSE_") and name not in named)
     if ours:
         os.environ[RAY] = ",".join((*named, *ours))
 
