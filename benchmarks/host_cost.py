@@ -90,6 +90,10 @@ def calls_of(comm: Communicator, case: Case, i: Inputs) -> Calls:
             (case.op, "method"): lambda: comm.all_reduce_rms_norm(x, weight, residual=residual, eps=eps),
             (case.op, "operator"): lambda: ops.all_reduce_add_rms_norm(x, weight, residual, name, eps),
         }
+    if case.top_k is not None:
+        x, weight, residual = i["x"], i["weight"], i["residual"]
+        summing = {"residual": residual, "eps": eps, "top_k": case.top_k}
+        return {(case.op, "method"): lambda: comm.all_reduce_rms_norm(x, weight, **summing)}
     qk, rope = (i["q"], i["k"], i["q_weight"], i["k_weight"]), rope_of(case, i)
     if rope is not None:
         return {(case.op, "method"): lambda: comm.qk_rms_norm(*qk, eps=eps, rope=rope)}

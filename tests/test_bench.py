@@ -97,7 +97,7 @@ def records(ranks: Ranks) -> list[Record]:
     m2, baselines = PRESETS["minimax-m2"], (*BASELINES.values(), *BAD)
     results = ranks.run(job, m2, "fused", (5,), baselines, ops_of(m2), progress=lambda *s: steps.append(s))
     assert results[0] == results[1]  # every rank has the same rows
-    assert steps[-1][0] == steps[-1][1] == 8
+    assert steps[-1][0] == steps[-1][1] == len(ops_of(m2)) == 9
     found: list[Record] = results[0]
     return found
 
@@ -208,7 +208,7 @@ def test_report_shows_modes_ratios_and_failures(records: list[Record], tmp_path:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "requested fused, effective control" in text
     assert "On a CPU only ratios" in text
-    assert text.count("the best baseline's speed") == 8
+    assert text.count("the best baseline's speed") == 9
     assert text.count("vs without RoPE") == 1
     assert re.search(r"[+-]\d+% │", text)
     assert "failed: no_sum, all rows: rank 0: wrong result" in text

@@ -43,16 +43,21 @@ def test_every_rank_knows_which_rank_is_wrong(on_ranks, wrong):
 SPOILT = {
     "rotate": ("qk_rms_norm", "rope-of-halves", "rope-of-neighbours"),
     "gather_rows": ("all_reduce_rms_norm", "row-sharded"),
+    "sum_of_experts": ("all_reduce_rms_norm", "experts-3", "experts-8", "experts-10"),
 }
+IN_ITS_PLACE = {
+    "rotate": lambda x, rope: x,
+    "gather_rows": lambda self, y, rows: GATHER_ROWS(self, y, rows).flip(0),
+    "sum_of_experts": lambda x: x[:, 0],
+}
+GATHER_ROWS = collective.Collective.gather_rows
 
 
 def run_without(rank: Rank, what: str) -> list[tuple[check.Case, bool]]:
     """Small cases of the variants, with a part of the backend that does nothing; which of them fail."""
-    place = collective if what == "rotate" else collective.Collective
+    place = collective.Collective if what == "gather_rows" else collective
     right = getattr(place, what)
-    setattr(
-        place, what, (lambda x, rope: x) if what == "rotate" else lambda self, y, rows: right(self, y, rows).flip(0)
-    )
+    setattr(place, what, IN_ITS_PLACE[what])
     cases = [case for case in check.cases() if case.width in (72, 384)]
     try:
         with Communicator(mode="control", timeout=20.0) as comm:
@@ -88,6 +93,7 @@ def test_a_wrong_byte_of_a_quantised_output_is_seen(name):
 
 def test_the_cases_have_every_variant():
     cases = check.cases()
+    assert {case.top_k for case in cases} >= {None, 1, 8}
     quantised = {(case.quant, case.row_sharded) for case in cases if case.op == "all_reduce_rms_norm"}
     assert quantised == {(name, sharded) for name in ("", *FORMATS) for sharded in (False, True)}
     assert {case.rope for case in cases if case.op == "qk_rms_norm"} == {"", "halves", "neighbours"}

@@ -17,6 +17,7 @@ from torch import Tensor
 from tpfuse import Communicator, Rope, quant
 from tpfuse.backends.cuda import all_reduce, sharded_norm
 from tpfuse.backends.cuda.all_reduce import DEFAULTS, MAX_BLOCKS, AllReduce, ring_rows
+from tpfuse.backends.cuda.all_reduce import why_not as why_not_reduce
 from tpfuse.backends.cuda.backend import CudaBackend, routes
 from tpfuse.backends.cuda.sharded_norm import ShardedNorm, why_not
 from tpfuse.plan import Plan, slot_bytes
@@ -144,6 +145,32 @@ def test_rows_that_the_l2_has_are_not_asked_for(comm: Communicator, rows: int, d
     assert values[-1] == asks
 
 
+def test_arguments_of_outputs_of_experts(comm: Communicator) -> None:
+    gamma, residual = torch.ones(64), torch.zeros(5, 64)
+    apart = torch.zeros(5, 12, 72, dtype=BF16)[:, :8, :64]
+    major = torch.zeros(8, 5, 64, dtype=BF16).transpose(0, 1)
+    batch = torch.zeros(1, 5, 8, 64, dtype=BF16)
+    for x, strides in ((apart, (864, 72)), (major, (64, 320)), (batch, (512, 64))):
+        stream = residual.view(*x.shape[:-2], 64)
+        ((launcher, grid, values),) = launches(comm.all_reduce_rms_norm, x, gamma, residual=stream, top_k=8)
+        assert launcher.name.endswith(", 8>>")
+        assert grid == 5
+        assert values[0] == x.data_ptr()
+        assert values[8:14] == (*strides, 64, 64, 5, 64)
+
+
+def test_more_experts_than_a_kernel_sums_are_left_to_collective(comm: Communicator) -> None:
+    for count, reason in ((32, ""), (33, "cuda kernels sum the outputs of up to 32 experts; given 33")):
+        assert why_not_reduce(64, count) == reason
+        y = comm.all_reduce_rms_norm(torch.zeros(2, count, 64), torch.ones(64), top_k=count)
+        assert y.norm is not None
+        assert len(Launcher.seen) == 1
+    assert {counter.route.backend: counter.route.reason for counter in comm.report().counters} == {
+        "cuda": "",
+        "collective": reason,
+    }
+
+
 @pytest.mark.parametrize("own_rows", [False, True])
 def test_arguments_of_every_launch_of_many_rows(comm: Communicator, own_rows: bool) -> None:
     """More rows than a launch may have: each begins at its own rows."""
@@ -166,8 +193,8 @@ def test_arguments_of_every_launch_of_many_rows(comm: Communicator, own_rows: bo
         assert values == (
             x.data_ptr() + first * width * 2, norm + first * width * 2, residual.data_ptr() + own * width * 4,
             new + own * width * 4, gamma.data_ptr(), bytes_ + first * width, scale, 0,
-            width, width, width, count, width, 1, slot_bytes(width, 2), ring_rows(width, 2, WORLD, 1), first, rows, 1,
-            single(1e-6), 1 / 64, 1.0,
+            width, 0, width, width, count, width, 1, slot_bytes(width, 2), ring_rows(width, 2, WORLD, 1), first, rows,
+            1, single(1e-6), 1 / 64, 1.0,
         )  # fmt: skip
 
 

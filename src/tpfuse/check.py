@@ -41,6 +41,7 @@ LAYOUTS = ("batched", "strided", "contiguous")
 WIDTHS = (24, 1000, 2688, 2880, 3072, 4096, 5120, 6144, 7168, 8192)
 QK_WIDTHS = ((6144, 1024), (2048, 256), (72, 40))
 QUANT_WIDTHS = (384, 2048, 2688)
+EXPERTS = ((8, "", False), (1, "", False), (3, "fp8_per_token", False), (10, "", True))  # top_k, quant, row_sharded
 GIVEN = {"fp8_static": 0.07, "nvfp4": 448 * 6 / 32.0}  # what a format is given: a scale, a global scale
 POSITIONS = 4096
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -63,13 +64,16 @@ class Case:
     rope: str = ""  # "halves" or "neighbours": which elements are a pair
     quant: str = ""  # a key of FORMATS
     row_sharded: bool = False
+    top_k: int | None = None  # of x [T, top_k, n], outputs of experts
 
     def __str__(self) -> str:
         return " ".join((self.op, self.widths, name(self.dtype), *self.variants))
 
     @property
     def variants(self) -> tuple[str, ...]:
-        parts = (f"rope-of-{self.rope}" if self.rope else "", self.quant, "row-sharded" if self.row_sharded else "")
+        experts = f"experts-{self.top_k}" if self.top_k else ""
+        rope, rows = f"rope-of-{self.rope}" if self.rope else "", "row-sharded" if self.row_sharded else ""
+        parts = (rope, self.quant, rows, experts)
         return tuple(part for part in parts if part)
 
     @property
@@ -105,7 +109,8 @@ def cases() -> list[Case]:
 
 
 def variants() -> list[Case]:
-    """Each rotation for each pair of widths; each format, and none, with the residual replicated and sharded."""
+    """Each rotation for each pair of widths; each format, and none, with the residual replicated and sharded; sums over
+    experts."""
     gammas, dtypes, widths = cycle(DTYPES), cycle(DTYPES), cycle(QUANT_WIDTHS)
     residuals, biases = cycle((torch.float32, torch.bfloat16)), cycle((0.0, 1.0))
     found = [
@@ -116,6 +121,9 @@ def variants() -> list[Case]:
         if quant or row_sharded:
             settings = (next(dtypes), next(widths), 0, next(gammas), next(residuals), next(biases))
             found.append(Case("all_reduce_rms_norm", *settings, quant=quant, row_sharded=row_sharded))
+    for top_k, quant, row_sharded in EXPERTS:
+        settings = (next(dtypes), next(widths), 0, next(gammas), next(residuals), next(biases))
+        found.append(Case("all_reduce_rms_norm", *settings, quant=quant, row_sharded=row_sharded, top_k=top_k))
     return found
 
 
@@ -149,16 +157,17 @@ class Inputs:
         self.m = share(case.width2, world) if case.width2 else 0
         generator = torch.Generator(device).manual_seed(hash_of(case))
         self.device, self._generator = device, generator
-        self.xs = [self._rows(self.n + self.m, case.dtype, 4.0**r) for r in range(world)]
+        terms = () if case.top_k is None else (case.top_k,)
+        self.xs = [self._rows(self.n + self.m, case.dtype, 4.0**r, terms) for r in range(world)]
         for r, x in enumerate(self.xs):
             plant_specials(x, r)
         self.weights = [self._rows(self.n + self.m, case.gamma, 1.0)[0] for _ in range(world if sharded else 1)]
         self.residual = None if case.residual is None else self._rows(self.n, case.residual, 2.0)
 
-    def _rows(self, n: int, dtype: torch.dtype, scale: float) -> Tensor:
-        """`[ROWS[-1], n]` inside wider rows."""
-        wide = torch.randn(ROWS[-1], n + 8, generator=self._generator, device=self.device) * scale
-        return wide.to(dtype)[:, :n]
+    def _rows(self, n: int, dtype: torch.dtype, scale: float, terms: tuple[int, ...] = ()) -> Tensor:
+        """`[ROWS[-1], *terms, n]` inside wider rows."""
+        wide = torch.randn(ROWS[-1], *terms, n + 8, generator=self._generator, device=self.device) * scale
+        return wide.to(dtype)[..., :n]
 
 
 def plant_specials(x: Tensor, rank: int) -> None:
@@ -168,11 +177,11 @@ def plant_specials(x: Tensor, rank: int) -> None:
     x[4::97] = 0.0
     x[9::97] = -0.0
     x[14::97] *= tiny / 64
-    x[19::97, ::2] = tiny / 2
-    x[24::97, ::3] = huge
-    x[29::97, 1] = math.inf
-    x[34::97, 2] = math.nan
-    x[39::97, 3] = math.inf if rank % 2 else -math.inf  # infinities that cancel between ranks: NaN
+    x[19::97, ..., ::2] = tiny / 2
+    x[24::97, ..., ::3] = huge
+    x[29::97, ..., 1] = math.inf
+    x[34::97, ..., 2] = math.nan
+    x[39::97, ..., 3] = math.inf if rank % 2 else -math.inf  # infinities that cancel between ranks: NaN
 
 
 def slices(rows: Sequence[int] = ROWS) -> list[tuple[slice, str]]:
@@ -182,14 +191,15 @@ def slices(rows: Sequence[int] = ROWS) -> list[tuple[slice, str]]:
 
 
 def take(x: Tensor, rows: slice, layout: str) -> Tensor:
-    """These rows: a view of wider ones, a copy `[T, n]`, or a copy `[batch, T / batch, n]`, as models have it."""
+    """These rows: a view of wider ones, a copy `[T, ..., n]`, or a copy `[batch, T / batch, ..., n]`, as models have
+    it."""
     taken = x[rows]
     if layout == "strided":
         return taken
     if layout == "contiguous":
         return taken.contiguous()
     batch = 1 if taken.shape[0] % 2 else 2
-    return taken.contiguous().view(batch, taken.shape[0] // batch, taken.shape[1])
+    return taken.contiguous().view(batch, taken.shape[0] // batch, *taken.shape[1:])
 
 
 def _rms_norm(comm: Communicator, case: Case, inputs: Inputs) -> Outcome:
@@ -268,9 +278,10 @@ def _all_reduce(comm: Communicator, case: Case, inputs: Inputs) -> Outcome:
 
 def _all_reduce_rms_norm(comm: Communicator, case: Case, inputs: Inputs) -> Outcome:
     weight, residual = inputs.weights[0], inputs.residual
-    want = reference.all_reduce_rms_norm(inputs.xs, weight, residual=residual, eps=EPS, weight_bias=case.weight_bias)
-    total = reference.all_reduce(inputs.xs)
-    moved = sum_slack(inputs.xs) + (ulp(total) if comm.world > 2 else 0.0)
+    partials = inputs.xs if case.top_k is None else [reference.sum_of_experts(x) for x in inputs.xs]
+    want = reference.all_reduce_rms_norm(partials, weight, residual=residual, eps=EPS, weight_bias=case.weight_bias)
+    total = reference.all_reduce(partials)
+    moved = sum_slack(partials) + (ulp(total) if comm.world > 2 else 0.0)
     r = total.float() if residual is None else total.float() + residual.float()
     assert want.norm is not None
     slack = norm_slack(moved, r, weight.float() + case.weight_bias, want.norm)
@@ -316,6 +327,7 @@ def boundary(
         quant=fmt,
         keep_norm=keep_norm,
         residual_layout="row_sharded" if case.row_sharded else "replicated",
+        top_k=case.top_k,
     )
 
 

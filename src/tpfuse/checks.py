@@ -161,6 +161,14 @@ def layout(op: str, residual_layout: str, residual: Tensor | None) -> None:
         raise InvalidArgument(f"{op}: residual_layout='row_sharded' without a residual; leave it out, or give one.")
 
 
+def experts(op: str, top_k: int, x: Tensor) -> None:
+    """x: `[..., top_k, H]`."""
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+        raise InvalidArgument(f"{op}: top_k={top_k!r}; needed: how many experts' outputs x has of a token, or None.")
+    if x.dim() < 2 or x.shape[-2] != top_k:
+        raise InvalidArgument(f"{op}: x has shape {list(x.shape)}; needed with top_k={top_k}: [..., {top_k}, width].")
+
+
 def output(op: str, out: Tensor, x: Tensor) -> None:
     """out: like x, dtype included, its rows at one stride and apart."""
     same_shape(op, "out", out, x)

@@ -328,6 +328,7 @@ class Communicator:
         quant: Format | None = None,
         keep_norm: bool = False,
         residual_layout: str = "replicated",
+        top_k: int | None = None,
     ) -> NormOutput:
         """All-reduce, residual add and RMSNorm, the boundary of every decoder layer.
 
@@ -337,26 +338,31 @@ class Communicator:
         quant: a format of tpfuse.quant; the norm is then returned as `quant` and `scale`, and as it is, too, with
         keep_norm. residual_layout="row_sharded": residual is this rank's rows `[own, H]` (see `shard_rows`), and so is
         the one that is returned; all else has all rows.
+        top_k: x is `[..., top_k, H]`, the weighted outputs of each token's experts, whose sum is this rank's partial
+        sum: in fp32, one after the other, rounded to the dtype of x. What is returned is as of x `[..., H]`.
         """
         op, row_sharded = "all_reduce_rms_norm", residual_layout != "replicated"
         if row_sharded:
             checks.layout(op, residual_layout, residual)
         if torch.compiler.is_compiling():
             checks.no_gradient(op, x=x, residual=residual)
-            return self._compiled_boundary(x, weight, residual, eps, weight_bias, quant, keep_norm, row_sharded)
+            return self._compiled_boundary(x, weight, residual, eps, weight_bias, quant, keep_norm, row_sharded, top_k)
         key = (
             op, traits(x), traits(weight), residual is not None and traits(residual), eps, weight_bias,
-            quant is not None and format_traits(quant), keep_norm, row_sharded,
+            quant is not None and format_traits(quant), keep_norm, row_sharded, top_k,
         )  # fmt: skip
         served = self._remembered(key)
         if served is None:
             checks.activation(op, "x", x, self.device, self.max_hidden)
+            if top_k is not None:
+                checks.experts(op, top_k, x)
+            partial = whole(x, top_k)
             checks.weight(op, "weight", weight, x)
-            count, width = count_rows(x), x.shape[-1]
+            count, width = count_rows(partial), x.shape[-1]
             if residual is not None:
                 if row_sharded:
                     checks.row_shard(op, "residual", residual, x.device, count, width, self.rank, self.world)
-                checks.same_shape(op, "residual", residual, residual if row_sharded else x)
+                checks.same_shape(op, "residual", residual, residual if row_sharded else partial)
                 checks.no_gradient(op, residual=residual)
             if not isinstance(keep_norm, bool):
                 raise InvalidArgument(f"{op}: keep_norm={keep_norm!r}; needed: True or False.")
@@ -364,19 +370,22 @@ class Communicator:
                 checks.quant_format(op, quant, x)
             call = Call(
                 op, count, width, 0, x.dtype, None if residual is None else residual.dtype, eps, eps, weight_bias,
-                "" if quant is None else quant.name, keep_norm, row_sharded,
+                "" if quant is None else quant.name, keep_norm, row_sharded, top_k or 0,
             )  # fmt: skip
-            served = self._serve(call, why_not_reduce(width), key)
+            served = self._serve(call, why_not_reduce(width, top_k or 1), key)
         backend = self._begin(served)
+        partial = whole(x, top_k)
         if not isinstance(backend, Collective):
-            outputs = boundary_outputs(x, residual, quant, keep_norm)
+            outputs = boundary_outputs(partial, residual, quant, keep_norm)
             if backend is not None:
                 stream = None if residual is None else spaced(residual)
-                backend.all_reduce_rms_norm(served, spaced(x), weight, stream, eps, weight_bias, quant, outputs)
+                given_x = spaced(x) if top_k is None else stacked(x)
+                backend.all_reduce_rms_norm(served, given_x, weight, stream, eps, weight_bias, quant, outputs)
             return outputs
         stream = None if residual is None else rows(residual)
-        norm, new = backend.all_reduce_rms_norm(rows(x), weight, stream, eps, weight_bias, row_sharded)
-        norm = norm.view(x.shape)
+        summed = rows(x) if top_k is None else collective.sum_of_experts(stacked(x))
+        norm, new = backend.all_reduce_rms_norm(summed, weight, stream, eps, weight_bias, row_sharded)
+        norm = norm.view(partial.shape)
         if residual is not None and new is not None:
             new = new.view(residual.shape)
         if quant is None:
@@ -393,13 +402,14 @@ class Communicator:
         quant: Format | None,
         keep_norm: bool,
         row_sharded: bool,
+        top_k: int | None,
     ) -> NormOutput:
         """`all_reduce_rms_norm` as an operator of compiled code."""
         ops = torch.ops.tpfuse
-        if quant is not None or row_sharded:
+        if quant is not None or row_sharded or top_k is not None:
             name, given = ("", None) if quant is None else (quant.name, quant.given)
             results = ops.layer_boundary(
-                x, weight, residual, self.name, eps, weight_bias, name, given, keep_norm, row_sharded
+                x, weight, residual, self.name, eps, weight_bias, name, given, keep_norm, row_sharded, top_k
             )
             return ordered(results, residual, quant, keep_norm)
         if residual is None:
@@ -532,6 +542,16 @@ def spaced(x: Tensor) -> Tensor:
     """x, or a copy if its rows don't lie at one stride. A view costs as much as all of a call's checks, so the kernels'
     launches take contiguous tensors of any number of dimensions, and others as `[T, n]`."""
     return x if x.dim() == 2 or x.is_contiguous() else x.reshape(-1, x.shape[-1])
+
+
+def whole(x: Tensor, top_k: int | None) -> Tensor:
+    """x, or of outputs of experts a view of the first ones: the shape of their sum."""
+    return x if top_k is None else x.select(-2, 0)
+
+
+def stacked(x: Tensor) -> Tensor:
+    """Outputs of experts `[..., top_k, H]` as `[T, top_k, H]`: a view where the strides allow it."""
+    return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
 
 
 def traits(x: Tensor) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tpfuse.communicator import boundary_outputs, by_name
+from tpfuse.communicator import boundary_outputs, by_name, whole
 from tpfuse.quant import FORMATS
 from tpfuse.rope import Rope
 
@@ -84,6 +84,7 @@ def layer_boundary(
     given: Tensor | None,
     keep_norm: bool,
     row_sharded: bool,
+    top_k: int | None = None,
 ) -> list[Tensor]:
     """`all_reduce_rms_norm` with everything that it can do. Returns what there is of norm, residual, quant and scale;
     the scale of fp8_static, which is `given`, is not among them. quant: a key of FORMATS, or empty."""
@@ -96,6 +97,7 @@ def layer_boundary(
         quant=FORMATS[quant](given) if quant else None,
         keep_norm=keep_norm,
         residual_layout="row_sharded" if row_sharded else "replicated",
+        top_k=top_k,
     )
     return [result for result in y if result is not None and result is not given]
 
@@ -111,8 +113,9 @@ def _fake_layer_boundary(
     given: Tensor | None,
     keep_norm: bool,
     row_sharded: bool,
+    top_k: int | None = None,
 ) -> list[Tensor]:
-    y = boundary_outputs(x, residual, FORMATS[quant](given) if quant else None, keep_norm)
+    y = boundary_outputs(whole(x, top_k), residual, FORMATS[quant](given) if quant else None, keep_norm)
     return [result for result in y if result is not None and result is not given]
 
 
@@ -158,7 +161,7 @@ _OPERATORS = (
     ),
     (
         "layer_boundary(Tensor x, Tensor weight, Tensor? residual, str comm, float eps, float weight_bias, str quant, "
-        "Tensor? given, bool keep_norm, bool row_sharded) -> Tensor[]",
+        "Tensor? given, bool keep_norm, bool row_sharded, int? top_k=None) -> Tensor[]",
         layer_boundary,
         _fake_layer_boundary,
     ),

@@ -24,17 +24,19 @@ class Preset:
     rope: tuple[int, int] | None  # head_dim and rotary_dim of the rotation behind that norm
     dtype: torch.dtype  # activations and gamma
     residual_dtype: torch.dtype
+    top_k: int = 0  # experts of a token, where their sum is all that a layer's MoE block brings
 
     @property
     def ops(self) -> tuple[str, ...]:
         """The ops that a layer of this model runs, in the order of a layer; the QK norm also without its rotation."""
         norms = ("qk_rms_norm", "qk_rms_norm_rope") if self.qk else ()
-        return (*norms, "all_reduce", "all_reduce_rms_norm")
+        experts = ("all_reduce_rms_norm_experts",) if self.top_k else ()
+        return (*norms, "all_reduce", "all_reduce_rms_norm", *experts)
 
 
 _ALL = (
     # 48 query and 8 KV heads of 128, of which 64 are rotated; the QK norm spans all heads.
-    Preset("minimax-m2", 3072, 1e-6, 0.0, (6144, 1024), (128, 64), torch.bfloat16, torch.bfloat16),
+    Preset("minimax-m2", 3072, 1e-6, 0.0, (6144, 1024), (128, 64), torch.bfloat16, torch.bfloat16, 8),
     # Its QK norm is per head, so nothing of it crosses the ranks.
     Preset("minimax-m3", 6144, 1e-6, 1.0, None, None, torch.bfloat16, torch.bfloat16),
     # residual_in_fp32: the residual stream is fp32 beside bf16 activations.

@@ -81,7 +81,7 @@ def apply_turned_norm(x: Tensor, inverse: Tensor, weight: Tensor, weight_bias: f
     return rotate(x.float() * (weight.float() + weight_bias), rope) * inverse.unsqueeze(-1)
 
 
-def add_in_rank_order(xs: Sequence[Tensor]) -> Tensor:
+def add_in_order(xs: Sequence[Tensor]) -> Tensor:
     """fp32 `x_0 + x_1 + ...`, one addition after the other."""
     total = xs[0].float()
     for x in xs[1:]:
@@ -103,7 +103,7 @@ def rms_norm(
     `y_r = round(x_r / sqrt(sum over ranks of x^2 / (n W) + eps) * (gamma_r + weight_bias))`
     With rope, `x_r * (gamma_r + weight_bias)` is rotated, and multiplied by the inverse root last.
     """
-    inverse = inverse_rms(add_in_rank_order([sum_of_squares(x) for x in xs]), len(xs) * xs[0].shape[-1], eps)
+    inverse = inverse_rms(add_in_order([sum_of_squares(x) for x in xs]), len(xs) * xs[0].shape[-1], eps)
     if rope is None:
         normed = [apply_norm(x, inverse, w, weight_bias) for x, w in zip(xs, weights, strict=True)]
     else:
@@ -128,9 +128,14 @@ def qk_rms_norm(
     return list(zip(q, k, strict=True))
 
 
+def sum_of_experts(x: Tensor) -> Tensor:
+    """`round(x_0 + x_1 + ...)` over the last dimension but one of `[..., top_k, H]`, in fp32 and in that order."""
+    return add_in_order(x.unbind(-2)).to(x.dtype)
+
+
 def all_reduce(xs: Sequence[Tensor]) -> Tensor:
     """`round(x_0 + x_1 + ...)` in fp32 and rank order; the same on every rank. xs: `[..., H]` of each rank."""
-    return add_in_rank_order(xs).to(xs[0].dtype)
+    return add_in_order(xs).to(xs[0].dtype)
 
 
 def all_reduce_rms_norm(
@@ -142,14 +147,16 @@ def all_reduce_rms_norm(
     weight_bias: float = 0.0,
     quant: Format | None = None,
     keep_norm: bool = False,
+    top_k: int | None = None,
 ) -> NormOutput:
     """All-reduce, residual add and RMSNorm; the same on every rank.
 
-    xs: partial sums `[..., H]` of each rank; weight `[H]`; residual `[..., H]` of any float dtype, or None.
+    xs: partial sums `[..., H]` of each rank; weight `[H]`; residual `[..., H]` of any float dtype, or None. With top_k,
+    each rank's partial sum is `sum_of_experts` of its `[..., top_k, H]`.
     With `s` the ROUNDED sum: `r = s + residual` in fp32, `residual_out = round(r)`, and the norm is taken of the
     UNROUNDED r. quant: a format, that quantises the ROUNDED norm.
     """
-    r = all_reduce(xs).float()
+    r = all_reduce(xs if top_k is None else [sum_of_experts(x) for x in xs]).float()
     if residual is not None:
         r = r + residual.float()
     inverse = inverse_rms(sum_of_squares(r), r.shape[-1], eps)

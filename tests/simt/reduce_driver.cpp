@@ -135,7 +135,7 @@ struct Variant {
   Path path;
   Kind kind;
   Layout layout;
-  u32 world, parts, vectors, threads, group, packed, scale_bytes;
+  u32 world, parts, vectors, threads, group, packed, scale_bytes, terms;
   void (*kernel)(ReduceArgs);
   void (*quantise)(const std::vector<float>&, float, std::vector<u8>&, std::vector<u32>&);
 
@@ -166,6 +166,7 @@ void add(const char* name) {
             quant::kGroup<F::kKind>,
             quant::kIsFp4<F::kKind> ? 2u : 1u,
             quant::kScaleBytes<F::kKind>,
+            F::kTerms,
             nullptr,
             quantise<F::kKind>};
   if constexpr (F::kResidual) v.residual_type = kTypeOf<typename F::R>;
@@ -177,9 +178,9 @@ void add(const char* name) {
   variants.push_back(v);
 }
 
-// one or two, then the template arguments of Form but for the last one
-#define ONE(...) add<true, Form<__VA_ARGS__, 1>>("one " #__VA_ARGS__);
-#define TWO(...) add<false, Form<__VA_ARGS__, 1>>("two " #__VA_ARGS__);
+// one or two, then the template arguments of Form, the last one first, and but for the one before it
+#define ONE(terms, ...) add<true, Form<__VA_ARGS__, 1, terms>>("one " #terms " " #__VA_ARGS__);
+#define TWO(terms, ...) add<false, Form<__VA_ARGS__, 1, terms>>("two " #terms " " #__VA_ARGS__);
 void make_variants() { REDUCE_VARIANTS }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -224,10 +225,14 @@ struct Call {
   const Variant* variant;
   u32 rows, width, ring, pitch;
   u32 first_rows;  // of two launches, or all of one
+  bool term_major;  // how x lies: all rows of the first term first, or all terms of the first row
   View x, y, residual, residual_out, gamma;
   size_t quant = kNone, scale = kNone, given = kNone;
   float eps, bias;
   bool pdl;
+  // Of x: the place of a row's term, in strides, and how many there are.
+  u32 line(u32 row, u32 term) const { return term_major ? term * rows + row : row * variant->terms + term; }
+  u32 lines() const { return rows * variant->terms; }
   std::string text() const {
     char out[400];
     std::snprintf(out, sizeof out, "  %s: %u rows (%u first) of %u, ring %u, x in %zu, residual in %zu, pdl %d\n",
@@ -342,11 +347,13 @@ class Sequence {
                   v.residual ? u32(v.residual_type) : kAny, u32(v.gamma_type), call.rows, call.width, call.pitch})
       word(x);
     word(call.scale == kNone ? 0 : u32(arrays_[call.scale].expected[0].size()));
+    word(v.terms);
+    word(u32(call.term_major));
     word(call.eps);
     word(call.bias);
     word(call.given == kNone ? 0.0f : *reinterpret_cast<float*>(arrays_[call.given].memory[0]));
     for (u32 rank = 0; rank < setup_.world; ++rank) {
-      rows(call.x, rank, call.rows);
+      rows(call.x, rank, call.lines());
       rows(call.gamma, rank, 1);
       rows(call.residual, rank, residual_rows(v, rank, call.rows));
       rows(call.y, rank, call.rows);
@@ -540,7 +547,7 @@ class Sequence {
       bool whole = !v.aligned || (b.aligned && before.width % 8 == 0);
       if (before.width == call.width || (v.least_width() <= before.width && before.width <= v.most_width() &&
                                          before.width % v.unit() == 0 && before.width <= call.width)) {
-        if (before.y.array != kNone && b.type == v.type && whole) call.x = before.y;
+        if (before.y.array != kNone && b.type == v.type && whole && v.terms == 1) call.x = before.y;
         if (before.residual_out.array != kNone && v.residual && b.residual_type == v.residual_type && whole &&
             (b.path == Path::early) == (v.path == Path::early) && before.rows >= call.rows)
           call.residual = before.residual_out;
@@ -551,8 +558,11 @@ class Sequence {
       }
     }
     if (call.x.array == kNone) {
-      call.x = new_rows("x", call, v.type, false, false, false);
-      fill(call, call.x, false);
+      Call lines = call;
+      lines.rows = call.lines();
+      call.x = new_rows("x", lines, v.type, false, false, false);
+      fill(lines, call.x, false);
+      call.term_major = v.terms > 1 && random_.one_in(3);
     }
     if (v.keep) call.y = new_rows("y", call, v.type, false, false, true);
     if (v.path != Path::sum) draw_norm(call);
@@ -633,7 +643,7 @@ class Sequence {
       a.rank = rank;
       a.op = kOp;
       a.half = half_;
-      a.x = address(call.x, rank, first);
+      a.x = address(call.x, rank, call.line(first, 0));
       a.y = address(call.y, rank, first);
       a.residual = address(call.residual, rank, own);
       a.residual_out = address(call.residual_out, rank, own);
@@ -642,7 +652,8 @@ class Sequence {
       if (a.quant != 0) a.quant += first * (call.width / v.packed);
       a.scale = address(call.scale, rank);
       a.given = address(call.given, rank);
-      a.x_stride = i64(call.x.stride);
+      a.x_stride = i64(call.x.stride) * (call.line(1, 0) - call.line(0, 0));
+      a.term_stride = i64(call.x.stride) * (call.line(0, 1) - call.line(0, 0));
       a.y_stride = i64(call.y.stride);
       a.residual_stride = i64(call.residual.stride);
       a.rows = rows;
@@ -668,6 +679,16 @@ class Sequence {
     for (u32 i = 0; i < width; ++i) out[i] = get(a.type, a.expected[rank].data(), view.offset + row * view.stride + i);
     return out;
   }
+  // What a rank brings of a row: x, or the rounded sum of its terms.
+  std::vector<float> partial_of(const Call& call, u32 rank, u32 row) const {
+    std::vector<float> sum = row_of(call.x, rank, call.line(row, 0), call.width);
+    for (u32 term = 1; term < call.variant->terms; ++term) {
+      std::vector<float> next = row_of(call.x, rank, call.line(row, term), call.width);
+      for (u32 i = 0; i < call.width; ++i) sum[i] = sum[i] + next[i];
+    }
+    for (float& x : sum) x = rounded(call.variant->type, x);
+    return sum;
+  }
   void expect_row(const View& view, u32 rank, u32 row, const std::vector<float>& values) {
     Array& a = arrays_[view.array];
     for (u32 i = 0; i < values.size(); ++i)
@@ -680,9 +701,9 @@ class Sequence {
     if (v.layout == Layout::swizzled && call.scale != kNone)
       for (auto& bytes : arrays_[call.scale].expected) std::fill(bytes.begin(), bytes.end(), u8(0));
     for (u32 row = 0; row < call.rows; ++row) {
-      std::vector<float> y = row_of(call.x, 0, row, call.width);
+      std::vector<float> y = partial_of(call, 0, row);
       for (u32 rank = 1; rank < W; ++rank) {
-        std::vector<float> next = row_of(call.x, rank, row, call.width);
+        std::vector<float> next = partial_of(call, rank, row);
         for (u32 i = 0; i < call.width; ++i) y[i] = y[i] + next[i];
       }
       for (float& x : y) x = rounded(v.type, x);

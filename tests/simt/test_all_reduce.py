@@ -31,7 +31,7 @@ KINDS = ("none", "fp8_static", "fp8_per_token", "fp8_per_group", "mxfp8", "nvfp4
 LAYOUTS = ("row_major", "column_major", "swizzled")
 
 # Kernel, types of x, residual and gamma, path, format, layout, keep, blocks of a row, vectors of a thread, aligned,
-# threads.
+# threads, and the terms of a row if there are several.
 CORE = """
     one bf16 -    bf16 sum   none          row_major    keep 1 1 aligned   64
     one bf16 bf16 bf16 norm  fp8_per_token row_major    keep 2 1 aligned   64
@@ -39,11 +39,13 @@ CORE = """
     two f32  -    f32  sum   none          row_major    keep 1 2 unaligned 32
     two bf16 bf16 f16  early fp8_per_token row_major    drop 2 1 aligned   32
     two bf16 -    bf16 early nvfp4         swizzled     drop 1 1 aligned   32
+    one bf16 bf16 bf16 norm  none          row_major    keep 2 1 aligned   32 3
 """
 FURTHER = {
     2: """
     two f16  f16  f32  norm  mxfp8         swizzled     keep 1 2 unaligned 32
     two f32  f32  f32  early none          row_major    keep 1 1 aligned   64
+    two f32  f32  f32  norm  none          row_major    keep 1 1 unaligned 32 5
     two bf16 bf16 bf16 early fp8_static    row_major    drop 1 2 unaligned 32
     one bf16 f32  f32  norm  fp8_per_token row_major    drop 1 3 aligned   384
     """,
@@ -57,6 +59,8 @@ FURTHER = {
     two bf16 -    f32  norm  nvfp4         swizzled     drop 1 1 aligned   32
     one f16  -    bf16 norm  nvfp4         row_major    keep 3 1 aligned   32
     two f16  f16  bf16 early mxfp8         row_major    keep 1 2 unaligned 32
+    two bf16 bf16 bf16 norm  fp8_per_token row_major    drop 1 2 aligned   32 8
+    one f16  -    f16  norm  none          row_major    keep 1 1 unaligned 32 10
     """,
     8: """
     two bf16 -    bf16 sum   none          row_major    keep 3 1 aligned   32
@@ -72,7 +76,8 @@ def variants(table: str, world: int) -> str:
         if not row.split():
             continue
         kernel, x, residual, gamma, path, kind, layout, *rest = (CPP.get(word, word) for word in row.split())
-        form = (x, residual, gamma, str(world), f"Path::{path}", f"Kind::{kind}", f"Layout::{layout}", *rest)
+        terms = rest.pop() if len(rest) == 6 else "1"
+        form = (terms, x, residual, gamma, str(world), f"Path::{path}", f"Kind::{kind}", f"Layout::{layout}", *rest)
         lines.append(f"{kernel.upper()}({', '.join(form)})")
     return " ".join(lines)
 
@@ -98,6 +103,8 @@ class Mutation(NamedTuple):
 
 NORM_TRAVELS = "two bf16 bf16 bf16 early none row_major keep 1 1 aligned 32"
 MUTATIONS = {
+    "one_term": Mutation({"i * a.term_stride": "i % 1 * a.term_stride"}),
+    "last_term": Mutation({"sum[e] = add_rn(sum[e], next[e])": "sum[e] = next[e]"}),
     "one_half": Mutation({">> kCallShift & 1) * a.half": ">> kCallShift & 0) * a.half"}),
     "call_ends_with_one_block": Mutation(
         {"block_index() == 0 ? (1u << kCallShift) - (grid_size() - 1) : 1": "block_index() == 0 ? 1u << kCallShift : 0"}
@@ -246,6 +253,7 @@ def assert_quantised(norm: Tensor, fmt: Format, codes: Tensor, scale: Tensor, pi
 
 def compare_call(record: Record, world: int) -> None:
     path, kind, layout, keep, x_type, residual_type, gamma_type, rows, width, pitch, scale_bytes = record.numbers(11)
+    terms, term_major = record.numbers(2)
     eps, bias, given = record.numbers(3, "f")
     early, dtype = PATHS[path] == "early", TYPES[x_type]
     stream = None if residual_type == 0xFFFFFFFF else TYPES[residual_type]
@@ -253,7 +261,9 @@ def compare_call(record: Record, world: int) -> None:
     own = [len(range(rank, rows, world)) if early else rows for rank in range(world)]
     xs, residuals, gamma, outputs = [], [], torch.empty(0), []
     for rank in range(world):
-        xs.append(record.rows(dtype, rows, width))
+        lines = record.rows(dtype, rows * terms, width)
+        experts = lines.view(terms, rows, width).transpose(0, 1) if term_major else lines.view(rows, terms, width)
+        xs.append(reference.sum_of_experts(experts))
         gamma = record.rows(TYPES[gamma_type], width) if PATHS[path] != "sum" else gamma
         residuals += [record.rows(stream, own[rank], width)] if stream else []
         outputs.append(
@@ -297,5 +307,5 @@ def test_mutation_is_noticed(name: str) -> None:
     result = run(mutant(name), "world=3", "calls=6", "seeds=200", *mutation.arguments)
     assert result.returncode != 0, result.stdout
     assert re.search(
-        "timed out|wrong value|wrong error record|not clean|ended before|different operations", result.stdout
+        "timed out|wrong value|wrong error record|not clean|ended before|not there|different operations", result.stdout
     ), result.stdout

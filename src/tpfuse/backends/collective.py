@@ -51,7 +51,7 @@ from tpfuse.rope import Rope, rotate
 _all_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 LARGE = 2 << 20  # bytes of a 16-bit tensor; the crossing point is estimated, not yet measured
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SIGNATURE = struct.Struct("9q3d")
+_SIGNATURE = struct.Struct("10q3d")
 NAMES = (*OPS, "gather_rows")  # what is announced
 GATHER_ROWS = Route("gather_rows", None, "collective", "all-gather", ANY, "")  # not in plans: there is no other way
 _QUANT = ("", *FORMATS)
@@ -75,6 +75,7 @@ class Call(NamedTuple):
     quant: str = ""  # the name of the format
     keep_norm: bool = False
     row_sharded: bool = False
+    top_k: int = 0  # of x [..., top_k, width]; 0: it is [..., width]
 
     @property
     def size_in_bytes(self) -> int:
@@ -84,23 +85,25 @@ class Call(NamedTuple):
     def pack(self) -> bytes:
         residual = -1 if self.residual is None else DTYPE_CODES[self.residual]
         codes = (NAMES.index(self.op), self.rows, self.width, self.width2, DTYPE_CODES[self.dtype], residual)
-        outputs = (_QUANT.index(self.quant), self.keep_norm, self.row_sharded)
+        outputs = (_QUANT.index(self.quant), self.keep_norm, self.row_sharded, self.top_k)
         return _SIGNATURE.pack(*codes, *outputs, self.eps, self.eps2, self.weight_bias)
 
     @staticmethod
     def unpack(data: bytes) -> Call:
-        op, rows, width, width2, dtype, residual, quant, keep, sharded, eps, eps2, bias = _SIGNATURE.unpack(data)
+        op, rows, width, width2, dtype, residual, *outputs, eps, eps2, bias = _SIGNATURE.unpack(data)
         dtypes = [*DTYPE_CODES, None]  # -1: no residual
         x_dtype = dtypes[dtype]
         assert x_dtype is not None
         shape = (NAMES[op], rows, width, width2, x_dtype, dtypes[residual])
-        return Call(*shape, eps, eps2, bias, _QUANT[quant], bool(keep), bool(sharded))
+        quant, keep, sharded, top_k = outputs
+        return Call(*shape, eps, eps2, bias, _QUANT[quant], bool(keep), bool(sharded), top_k)
 
     def __str__(self) -> str:
         width = f"{self.width}+{self.width2}" if self.width2 else f"{self.width}"
         residual = "" if self.residual is None else f", residual {short(self.residual)}"
         residual += " row-sharded" if self.row_sharded else ""
         quant = f", {self.quant}" if self.quant else ""
+        width += f" of {self.top_k} experts" if self.top_k else ""
         return f"{self.op}({self.rows} rows x {width}, {short(self.dtype)}{residual}{quant})"
 
 
@@ -372,6 +375,16 @@ class Collective:
         packed = [bytes(t.tolist()) for t in every]
         if any(p != packed[0] for p in packed):
             raise RankMismatch(difference(number, [Call.unpack(p) for p in packed]))
+
+
+@torch.no_grad()
+def sum_of_experts(x: Tensor) -> Tensor:
+    """`[T, H]`, rounded, of `[T, top_k, H]`. One by one: the order of torch.sum depends on the number of rows."""
+    first, *others = x.unbind(1)
+    total = first.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    for other in others:
+        total += other
+    return total.to(x.dtype)
 
 
 def sums_of_squares(xs: Sequence[Tensor]) -> Tensor:

@@ -48,13 +48,14 @@ OPS: Mapping[str, Op] = {
     "qk_rms_norm_rope": Op("qk_rms_norm", "views of qkv", rope=True),
     "all_reduce": Op("all_reduce"),
     "all_reduce_rms_norm": Op("all_reduce_rms_norm"),
+    "all_reduce_rms_norm_experts": Op("all_reduce_rms_norm", "experts"),
     "all_reduce_rms_norm_fp8_static": Op("all_reduce_rms_norm", quant="fp8_static"),
     "all_reduce_rms_norm_fp8_per_token": Op("all_reduce_rms_norm", quant="fp8_per_token"),
     "all_reduce_rms_norm_rows": Op("all_reduce_rms_norm", "row_sharded"),
     "all_reduce_rms_norm_rows_fp8_per_token": Op("all_reduce_rms_norm", "row_sharded", "fp8_per_token"),
 }
 QK = tuple(name for name, op in OPS.items() if op.called == "qk_rms_norm")
-BOUNDARIES = tuple(name for name, op in OPS.items() if op.called == "all_reduce_rms_norm")
+BOUNDARIES = tuple(name for name, op in OPS.items() if op.called == "all_reduce_rms_norm" and op.layout != "experts")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Case:
     dtype: torch.dtype
     residual_dtype: torch.dtype
     rope: tuple[int, int] | None = None  # head_dim and rotary_dim
+    top_k: int | None = None  # of x [T, top_k, H], outputs of experts
 
     @property
     def width(self) -> str:
@@ -135,6 +137,7 @@ def cases_of(preset: Preset, world: int, tokens: Sequence[int], ops: Sequence[st
             preset.dtype,
             preset.residual_dtype,
             preset.rope if OPS[op].rope else None,
+            preset.top_k if OPS[op].layout == "experts" else None,
         )
         for op in (preset.ops if ops is None else ops)
         for count in tokens
@@ -161,7 +164,7 @@ def make_inputs(case: Case, rank: int, number: int, device: torch.device) -> Inp
     qk_rms_norm_rope: also cos, sin and positions.
     all_reduce: x, this rank's partial sum. all_reduce_rms_norm: also residual, weight, and gamma = weight +
     weight_bias, which models can compute ahead; scale, which a format may need; and where the residual is sharded by
-    rows, shard, this rank's rows of it.
+    rows, shard, this rank's rows of it. x may be the outputs of experts, [T, top_k, H].
     """
     maker = _MAKERS[case.called] if case.rope is None else _qk_rope_inputs
     return maker(case, rank, number, device)
@@ -197,7 +200,8 @@ def rope_of(case: Case, inputs: Inputs) -> Rope | None:
 
 
 def _all_reduce_inputs(case: Case, rank: int, number: int, device: torch.device) -> Inputs:
-    x = _random(case, (case.tokens, *case.local), "x", rank, number, device) * (1 + rank)
+    terms = () if case.top_k is None else (case.top_k,)
+    x = _random(case, (case.tokens, *terms, *case.local), "x", rank, number, device) * (1 + rank)
     return {"x": x.to(case.dtype)}
 
 
@@ -239,10 +243,11 @@ _MAKERS: Mapping[str, Callable[[Case, int, int, torch.device], Inputs]] = {
 
 
 def _random(case: Case, shape: tuple[int, ...], name: str, rank: int, number: int, device: torch.device) -> Tensor:
-    """fp32 `[T, n]`, normal, each row with its scale."""
+    """fp32 `[T, ..., n]`, normal, each row with its scale."""
     values = torch.randn(shape, generator=_generator(case, name, rank, number, device), device=device)
     scales = torch.tensor(ROW_SCALES, device=device)
-    return values.mul_(scales[torch.arange(shape[0], device=device) % len(ROW_SCALES)].unsqueeze(-1))
+    scales = scales[torch.arange(shape[0], device=device) % len(ROW_SCALES)]
+    return values.mul_(scales.view(-1, *[1] * (len(shape) - 1)))
 
 
 def _weight(case: Case, n: int, name: str, rank: int, number: int, device: torch.device) -> Tensor:
@@ -280,6 +285,7 @@ def _all_reduce_rms_norm_reference(case: Case, every: Sequence[Inputs], rank: in
         eps=case.eps,
         weight_bias=case.weight_bias,
         quant=format_of(case, every[rank]),
+        top_k=case.top_k,
     )
     assert y.residual is not None
     return made(case, y._replace(residual=own_rows(case, y.residual, rank)))

@@ -44,8 +44,8 @@ def memory_bytes(case: Case) -> int:
     qk_rms_norm          T n b read, T n b written, n b gamma; with a rotation of d elements 4 T d + 8 T more: d / 2
                          cosines and sines in fp32 and a position for each row
     all_reduce           T H b read, T H b written
-    all_reduce_rms_norm  T H b read, T H b written, or T H quantised and 4 T scales; H b gamma; 2 T H c residual, of
-                         own rows only where it is sharded by rows
+    all_reduce_rms_norm  T H b read, of each expert; T H b written, or T H quantised and 4 T scales; H b gamma; 2 T H c
+                         residual, of own rows only where it is sharded by rows
     """
     b, c = case.dtype.itemsize, case.residual_dtype.itemsize
     columns = sum(case.local)
@@ -57,7 +57,7 @@ def memory_bytes(case: Case) -> int:
     return {
         "qk_rms_norm": 2 * elements * b + columns * b + (4 * case.rope[1] + 8 if case.rope else 0) * case.tokens,
         "all_reduce": 2 * elements * b,
-        "all_reduce_rms_norm": elements * b + written + 2 * streamed * c + columns * b,
+        "all_reduce_rms_norm": (case.top_k or 1) * elements * b + written + 2 * streamed * c + columns * b,
     }[case.called]
 
 

@@ -111,6 +111,7 @@ def _tpfuse_all_reduce_rms_norm(comm: Communicator, case: Case, i: Inputs) -> Ou
         weight_bias=case.weight_bias,
         quant=format_of(case, i),
         residual_layout="row_sharded" if case.row_sharded else "replicated",
+        top_k=case.top_k,
     )
     return made(case, y)
 
@@ -183,7 +184,8 @@ def _steps(site: Site, reduce: Callable[[Tensor], Tensor], reduce_kept: Callable
         return (reduce_kept(i["x"]),)
 
     def all_reduce_rms_norm(case: Case, i: Inputs) -> Outputs:
-        residual = reduce(i["x"]) + i["residual"]
+        partial = i["x"] if case.top_k is None else i["x"].sum(1)
+        residual = reduce(partial) + i["residual"]
         norm = rms_norm(residual.to(case.dtype), case.widths, i["gamma"], case.eps)
         return (*_CASTS[case.quant](norm, i), own_rows(case, residual, site.rank))
 
@@ -302,7 +304,8 @@ def _symmetric(site: Site) -> Symmetric:
 def _with_variants(algorithms: Mapping[str, str]) -> Mapping[str, str]:
     """The same with the variants of a boundary: every rank keeps the whole residual, and casts the whole norm."""
     plain = algorithms["all_reduce_rms_norm"]
-    return {op: plain + (", cast" if OPS[op].quant != "none" else "") for op in BOUNDARIES} | dict(algorithms)
+    variants = {op: plain + (", cast" if OPS[op].quant != "none" else "") for op in BOUNDARIES}
+    return variants | {"all_reduce_rms_norm_experts": f"sum, {plain}"} | dict(algorithms)
 
 
 _TORCH = {

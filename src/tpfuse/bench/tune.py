@@ -229,7 +229,7 @@ class Candidate:
         x, residual = inputs["x"], inputs["residual"]
         norm, new = torch.empty_like(x), torch.empty_like(residual)
         self.reduce.all_reduce_rms_norm(
-            {}, x, inputs["weight"], residual, new, norm, None, None, None, case.eps, case.weight_bias, False,
+            {}, x, 0, inputs["weight"], residual, new, norm, None, None, None, case.eps, case.weight_bias, False,
             torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
         return norm, new

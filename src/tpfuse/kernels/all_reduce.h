@@ -81,14 +81,14 @@ struct ReduceArgs {
   u32 half;  // bytes of a half of the workspace; all offsets in it are 32 bits
   u32 padding;
 
-  u64 x;             // T [rows, width]
+  u64 x;             // T [rows, width], or [rows, kTerms, width]
   u64 y;             // T: the sum or the norm; 0 where only the quantised norm is wanted
   u64 residual;      // rows, or this rank's rows with the norm before the gather
   u64 residual_out;  // like residual, contiguous
   u64 gamma;
   u64 quant, scale;  // see quant.h
   u64 given;         // fp32, one
-  i64 x_stride, y_stride, residual_stride;  // elements
+  i64 x_stride, term_stride, y_stride, residual_stride;  // elements; from one term of a row to the next
   u32 rows, width;
   u32 groups;               // of 256 elements, in a row
   u32 stride;               // bytes from one row's slot to the next
@@ -110,14 +110,16 @@ constexpr bool SameType<A, A> = true;
 enum class Path { sum, norm, early };  // plain all-reduce; norm on every rank; norm before the gather
 
 // All that is known when a kernel is compiled. T: of x, sums and norms; R: of the residual; G: of gamma. kKeep: y is wanted.
+// kTerms: what a rank brings of a row is the sum of so many, the outputs of a token's experts.
 template <class T_, class R_, class G_, u32 kWorld_, Path kPath_, quant::Kind kKind_, quant::Layout kLayout_, bool kKeep_,
-          u32 kParts_, u32 kVectors_, bool kAligned_, u32 kThreads_, u32 kResident_>
+          u32 kParts_, u32 kVectors_, bool kAligned_, u32 kThreads_, u32 kResident_, u32 kTerms_>
 struct Form {
   using T = T_;
   using R = R_;
   using G = G_;
   static constexpr u32 kWorld = kWorld_, kParts = kParts_, kVectors = kVectors_;
   static constexpr u32 kThreads = kThreads_, kResident = kResident_, kWarps = kThreads / kWarp;
+  static constexpr u32 kTerms = kTerms_;
   static constexpr Path kPath = kPath_;
   static constexpr quant::Kind kKind = kKind_;
   static constexpr quant::Layout kLayout = kLayout_;
@@ -283,10 +285,8 @@ class RowShare {
   TPF_DEVICE bool owned() const { return owner() == a.rank; }
 
   TPF_DEVICE void load_x(Lanes& x) const {
-    const T* from = reinterpret_cast<const T*>(a.x) + row * a.x_stride;
     TPF_UNROLL
-    for (u32 v = 0; v < F::kVectors; ++v)
-      x[v] = without_mark(load_lane<T, F::kAligned>(from, at(v), a.width));
+    for (u32 v = 0; v < F::kVectors; ++v) x[v] = without_mark(F::kTerms == 1 ? load_term(0, v) : sum_of_terms(v));
   }
   TPF_DEVICE void load_residual() {
     if constexpr (F::kResidual) {
@@ -300,7 +300,8 @@ class RowShare {
   // Few rows are here before earlier grids end. With them, that these come into the L2 costs nothing.
   TPF_DEVICE void prefetch_rows() const {
     if (!here(0)) return;
-    prefetch(reinterpret_cast<const T*>(a.x) + row * a.x_stride + at(0));
+    TPF_UNROLL
+    for (u32 i = 0; i < F::kTerms; ++i) prefetch(term(i) + at(0));
     if constexpr (F::kResidual) {
       using R = typename F::R;
       if (F::kPath != Path::early || owned())
@@ -517,6 +518,35 @@ class RowShare {
   TPF_DEVICE void load_gamma() {
     TPF_UNROLL
     for (u32 v = 0; v < F::kVectors; ++v) gamma[v] = load_weight<typename F::G, F::kAligned>(a.gamma, at(v), a.width);
+  }
+  TPF_DEVICE const T* term(u32 i) const {
+    return reinterpret_cast<const T*>(a.x) + row * a.x_stride + i * a.term_stride;
+  }
+  TPF_DEVICE Lane<T> load_term(u32 i, u32 v) const { return load_lane<T, F::kAligned>(term(i), at(v), a.width); }
+  // Rounded. Where a row is spread over few threads, some terms are under way at a time, in a loop: all of them, and their
+  // addresses, would cost it its registers. The sum begins with -0, which changes no term.
+  TPF_DEVICE Lane<T> sum_of_terms(u32 v) const {
+    constexpr u32 kAtOnce = F::kParts > 1 && F::kAligned ? 16 / sizeof(T) : 1;
+    float sum[8];
+    TPF_UNROLL
+    for (u32 e = 0; e < 8; ++e) sum[e] = -0.0f;
+    TPF_ROLLED
+    for (u32 first = 0; first < F::kTerms; first += kAtOnce) {
+      Lane<T> some[kAtOnce] = {};
+      TPF_UNROLL
+      for (u32 i = 0; i < kAtOnce; ++i) {
+        if (first + i < F::kTerms) some[i] = load_term(first + i, v);
+      }
+      TPF_UNROLL
+      for (u32 i = 0; i < kAtOnce; ++i) {
+        if (first + i >= F::kTerms) continue;
+        float next[8];
+        widen(some[i], next);
+        TPF_UNROLL
+        for (u32 e = 0; e < 8; ++e) sum[e] = add_rn(sum[e], next[e]);
+      }
+    }
+    return narrow<T>(sum);
   }
   // The user's scale may be the result of an earlier grid.
   TPF_DEVICE void load_given() {

@@ -71,6 +71,7 @@ using Same = T;
 #define TPF_SHARED(type, name) __shared__ ::tpfuse::Same<type> name
 #define TPF_GRID_CONSTANT __grid_constant__
 #define TPF_UNROLL _Pragma("unroll")
+#define TPF_ROLLED _Pragma("unroll 1")
 
 namespace tpfuse {
 
@@ -342,6 +343,7 @@ TPF_DEVICE u32 pack2(f16, float low, float high) {
 #define TPF_SHARED(type, name) static __attribute__((shared)) ::tpfuse::Same<type> name
 #define TPF_GRID_CONSTANT
 #define TPF_UNROLL _Pragma("unroll")
+#define TPF_ROLLED _Pragma("unroll 1")
 
 namespace tpfuse {
 
@@ -540,6 +542,7 @@ TPF_DEVICE f16 round_to(f16, float x) { return f16{__builtin_bit_cast(u16, _Floa
 #define TPF_SHARED(type, name) auto& name = ::tpfuse::host::shared<::tpfuse::Same<type>>([] {})
 #define TPF_GRID_CONSTANT
 #define TPF_UNROLL
+#define TPF_ROLLED
 
 namespace tpfuse {
 

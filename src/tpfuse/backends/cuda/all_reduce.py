@@ -42,12 +42,13 @@ MAX_GROUPS = 64  # kReduceGroups
 MAX_BLOCKS = 65535  # of a launch: the call counter has 16 bits for them; more rows take more launches
 
 MAX_WIDTH = MAX_GROUPS * GROUP
+MAX_TERMS = 32  # most outputs of experts in a row
 MAX_SPLIT_ROWS = 1024
 SPLIT = {"one_shot": 8, "two_shot": 6}  # most blocks of a row, up to split_rows
 WIDE_WARPS = 24  # most warps of a block, else a thread has several vectors of a row
 
 FIXED = struct.Struct("8QQQQIIII")  # workspaces, own, error record, timeout, rank, op, half, padding
-SHAPE = struct.Struct("3q8I3f0Q")  # arguments that are the same in calls that are alike, see `Served`
+SHAPE = struct.Struct("4q8I3f0Q")  # arguments that are the same in calls that are alike, see `Served`
 LAYOUT = f"8Q{SHAPE.size}s"  # and addresses, which are not
 NO_RESIDUAL = "tpfuse::Nothing"
 
@@ -101,6 +102,7 @@ class Variant:
     quant: str = "none"
     layout: str = "row_major"
     keep: bool = True
+    terms: int = 1
 
     @property
     def resident(self) -> int:
@@ -129,6 +131,7 @@ class Variant:
             KINDS[self.dtype], residual, KINDS[self.gamma], self.world, f"tpfuse::Path::{self.path}",
             f"tpfuse::quant::Kind::{self.quant}", f"tpfuse::quant::Layout::{self.layout}", str(self.keep).lower(),
             self.parts, self.vectors, str(self.aligned).lower(), self.threads, self.resident,
+            self.terms,
         )  # fmt: skip
         return f"tpfuse::reduce_{self.algorithm}<tpfuse::Form<{', '.join(map(str, template))}>>"
 
@@ -174,10 +177,12 @@ def half_bytes() -> int:
     return (WORKSPACE_BYTES - HEADER) // 2 // 128 * 128
 
 
-def why_not(width: int) -> str:
-    """Why the kernels can't serve rows of this width; empty if they can."""
+def why_not(width: int, terms: int = 1) -> str:
+    """Why the kernels can't serve rows of this width, sums of so many experts' outputs; empty if they can."""
     if width > MAX_WIDTH:
         return f"cuda kernels reduce rows of up to {MAX_WIDTH} elements; given {width}"
+    if terms > MAX_TERMS:
+        return f"cuda kernels sum the outputs of up to {MAX_TERMS} experts; given {terms}"
     return ""
 
 
@@ -214,14 +219,16 @@ def variants(worlds: Sequence[int] = (2, 3, 4, 8), clusters: bool = True) -> Ite
     for world, (dtype, residual, gamma), rows, width, aligned in product(
         worlds, types, (1, 64, 4096), (256, 2880, 3072, 6144, 8192, 16384), (True, False)
     ):
-        for path, (quant, layout, keep) in (("sum", formats[0]), *product(("norm", "early"), formats)):
+        kinds = (("sum", formats[0], 1), *((path, fmt, 1) for path, fmt in product(("norm", "early"), formats)))
+        summing = (("norm", formats[0], 8), ("norm", formats[2], 3), ("early", formats[0], 8))
+        for path, (quant, layout, keep), terms in (*kinds, *summing):
             thresholds = DEFAULTS[world]
             algorithm = algorithm_for(rows * slot_bytes(width, dtype.itemsize), path, thresholds)
             split = clusters and rows <= thresholds.split_rows
             spreading = spread(algorithm, width, dtype.itemsize * world, split)
             stream, weight = (None, dtype) if path == "sum" else (residual, gamma)
             variant = Variant(
-                algorithm, path, dtype, stream, weight, world, *spreading, aligned, quant, layout, keep
+                algorithm, path, dtype, stream, weight, world, *spreading, aligned, quant, layout, keep, terms
             )  # fmt: skip
             if variant not in seen:
                 seen.add(variant)
@@ -265,12 +272,13 @@ class AllReduce:
 
         launches: of calls that differ in addresses alone.
         """
-        self._run(launches, "all_reduce", "sum", x, y, None, None, None, None, None, None, 0.0, 0.0, stream)
+        self._run(launches, "all_reduce", "sum", x, 0, y, None, None, None, None, None, None, 0.0, 0.0, stream)
 
     def all_reduce_rms_norm(
         self,
         launches: Launches,
         x: Tensor,
+        top_k: int,
         weight: Tensor,
         residual: Tensor | None,
         new_residual: Tensor | None,
@@ -283,10 +291,10 @@ class AllReduce:
         early: bool,
         stream: int,
     ) -> None:
-        """Fills norm, new_residual, bytes_ and scale, whichever are not None."""
+        """Fills norm, new_residual, bytes_ and scale, whichever are not None. top_k: of x `[T, top_k, H]`, or 0."""
         path = "early" if early else "norm"
         self._run(
-            launches, "all_reduce_rms_norm", path, x, norm, weight, residual, new_residual, quant, bytes_, scale,
+            launches, "all_reduce_rms_norm", path, x, top_k, norm, weight, residual, new_residual, quant, bytes_, scale,
             eps, weight_bias, stream,
         )  # fmt: skip
 
@@ -296,6 +304,7 @@ class AllReduce:
         op: str,
         path: str,
         x: Tensor,
+        top_k: int,
         y: Tensor | None,
         weight: Tensor | None,
         residual: Tensor | None,
@@ -316,7 +325,7 @@ class AllReduce:
         parts = launches.get(aligned)
         if parts is None:
             parts = launches[aligned] = self._prepare(
-                op, path, x, y, weight, residual, new_residual, quant, eps, weight_bias, aligned
+                op, path, x, top_k, y, weight, residual, new_residual, quant, eps, weight_bias, aligned
             )
         first, others = parts
         addresses = (x_at, y_at, residual_at, new_at, gamma_at, *quant_at)
@@ -329,6 +338,7 @@ class AllReduce:
         op: str,
         path: str,
         x: Tensor,
+        top_k: int,
         y: Tensor | None,
         weight: Tensor | None,
         residual: Tensor | None,
@@ -339,13 +349,15 @@ class AllReduce:
         aligned: bool,
     ) -> tuple[Part, list[Part]]:
         """The launches of a call: the first one begins at the addresses that the call is given, others further on."""
-        rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        x_stride, y_stride = row_stride(x), 0 if y is None else row_stride(y)
+        terms, width = top_k or 1, x.shape[-1]
+        rows = x.numel() // (terms * width)
+        x_stride, term_stride = (x.stride(0), x.stride(1)) if top_k else (row_stride(x), 0)
+        y_stride = 0 if y is None else row_stride(y)
         residual_stride = 0 if residual is None else row_stride(residual)
-        aligned = aligned and whole_vectors(x.element_size(), (x_stride, y_stride), width)
+        aligned = aligned and whole_vectors(x.element_size(), (x_stride, term_stride, y_stride), width)
         if residual is not None:
             aligned = aligned and whole_vectors(residual.element_size(), (residual_stride,))
-        launcher, variant, ring, step = self._choose(op, path, rows, x, y, weight, residual, quant, aligned)
+        launcher, variant, ring, step = self._choose(op, path, rows, x, terms, y, weight, residual, quant, aligned)
         item, groups = x.element_size(), -(-width // GROUP)
         slot, pitch = slot_bytes(width, item), 0 if quant is None else quant.pitch(rows, width)
         parts = []
@@ -363,7 +375,7 @@ class AllReduce:
                 0,
             )
             shape = SHAPE.pack(
-                x_stride, y_stride, residual_stride, count, width, groups, slot, ring, first, rows, pitch,
+                x_stride, term_stride, y_stride, residual_stride, count, width, groups, slot, ring, first, rows, pitch,
                 eps, 1.0 / width, weight_bias,
             )  # fmt: skip
             parts.append(Part(launcher, count * variant.parts, offsets, shape))
@@ -375,6 +387,7 @@ class AllReduce:
         path: str,
         rows: int,
         x: Tensor,
+        terms: int,
         y: Tensor | None,
         weight: Tensor | None,
         residual: Tensor | None,
@@ -393,8 +406,9 @@ class AllReduce:
             split = self._clusters and count <= self._thresholds.split_rows
             spreading = spread(algorithm, width, x.element_size() * self._world, split)
             return Variant(
-                algorithm, path, x.dtype, stream, gamma, self._world, *spreading, aligned, kind, layout, y is not None
-            )
+                algorithm, path, x.dtype, stream, gamma, self._world, *spreading, aligned, kind, layout, y is not None,
+                terms,
+            )  # fmt: skip
 
         # Calls with other numbers of rows are likely to come, perhaps first while a graph is captured.
         if not torch.cuda.is_current_stream_capturing():

@@ -150,7 +150,7 @@ class CudaBackend:
         """Fills `out`."""
         norm, new, bytes_, scale = out
         self._reduce.all_reduce_rms_norm(
-            served.launches, x, weight, residual, new, norm, quant, bytes_, scale, eps, weight_bias,
+            served.launches, x, served.call.top_k, weight, residual, new, norm, quant, bytes_, scale, eps, weight_bias,
             served.counter.route is EARLY, self._current_stream(),
         )  # fmt: skip
 
