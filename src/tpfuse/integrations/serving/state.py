@@ -21,6 +21,7 @@ from tpfuse.errors import CommunicatorClosed
 TIMEOUT = 300.0
 
 QK_NORM, BOUNDARY = "QK norm", "all-reduce + norm"
+EXPERTS = "sum over experts"  # in the latter
 
 
 @dataclass
@@ -33,8 +34,8 @@ class Engaged:
     reason: str
     group: Any  # the engine's GroupCoordinator
     comm: Communicator | None = None
-    fused: dict[str, set[int]] = field(default_factory=lambda: {QK_NORM: set(), BOUNDARY: set()})
-    stock: dict[str, set[int]] = field(default_factory=lambda: {QK_NORM: set(), BOUNDARY: set()})
+    fused: dict[str, set[int]] = field(default_factory=lambda: {QK_NORM: set(), BOUNDARY: set(), EXPERTS: set()})
+    stock: dict[str, set[int]] = field(default_factory=lambda: {QK_NORM: set(), BOUNDARY: set(), EXPERTS: set()})
     left: Counter[str] = field(default_factory=Counter)  # what stays with the engine, with the reasons
 
     def __str__(self) -> str:
@@ -48,7 +49,10 @@ class Engaged:
         parts = []
         for kind, gammas in self.fused.items():
             total = len(gammas | self.stock[kind])
-            parts.append(f"{len(gammas)} of {total} {kind}s fused")
+            if kind == EXPERTS:
+                parts += [f"{len(gammas)} of {total} with their sum over experts"] if total else []
+            else:
+                parts.append(f"{len(gammas)} of {total} {kind}s fused")
         left = "; ".join(f"{count}x {what}" for what, count in self.left.items())
         return f"{self}; {', '.join(parts)}; {left_where}: {left or 'none seen'}"
 

@@ -5,6 +5,7 @@ What is recognised, with `sum = all_reduce(x)`, behind views that keep the rows 
 - `fused_add_rms_norm(sum, residual, gamma)`, where nothing else wants the sum;
 - `rms_norm(sum, gamma)`, where others may want the sum: the first norm of a model, whose residual it is;
 - both with Gemma's gamma, `w.float() + 1`, which then stays the w that it is;
+- with a residual, the operator for a layer of experts whose result is reduced, see experts.py;
 - what quantises the norm to FP8, see quantised.py, with the norm itself if others want it, too.
 
 It walks nodes instead of matching patterns: a pattern has to spell out eps, dtypes and who else uses what, so it misses
@@ -29,8 +30,18 @@ from tpfuse.integrations.vllm.quantised import Quantised, behind
 from tpfuse.quant import FP8PerGroup
 
 aten, prims = torch.ops.aten, torch.ops.prims
+FUNCTIONAL = (torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 CASTS = (prims.convert_element_type.default, aten._to_copy.default)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The operator for a layer of experts, and ours that is in its place and its site's: with the same arguments, and
+    those of all_reduce_rms_norm_quant but x. It returns norm, residual, quant and scale, whichever there are."""
+
+    stock: Any
+    ours: Any
 
 
 @dataclass(frozen=True)
@@ -42,16 +53,19 @@ class Targets:
     rms_norm: Any  # (x, weight, epsilon, variance_size)
     add_rms_norm: Any  # (x, x_residual, weight, epsilon, variance_size)
     max_hidden: int
+    experts: Experts | None = None
 
 
 @dataclass
 class Findings:
-    """What became of the all-reduces of a graph: how many were fused, with how many quantisations, and why the others
-    were not."""
+    """What became of the all-reduces of a graph: how many were fused, with how many quantisations and layers of
+    experts, and why the others were not. summed: the experts that stay before a site that was fused, and why."""
 
     fused: int = 0
     quantised: int = 0
+    experts: int = 0
     left: list[str] = field(default_factory=list)
+    summed: list[str] = field(default_factory=list)
 
 
 class _Unfit(Exception):
@@ -70,6 +84,7 @@ class _Site:
     weight: fx.Node
     weight_bias: float
     eps: float
+    experts: fx.Node | None = None  # whose result x is, if they go in
 
 
 def fuse(
@@ -88,9 +103,14 @@ def fuse(
             except _Unfit as reason:
                 findings.left.append(f"{origin(node)}: {reason}")
                 continue
+            try:
+                site.experts = _experts(site, targets.experts)
+            except _Unfit as reason:
+                findings.summed.append(f"{origin(node)}: {reason}")
             if rewrite:
-                findings.quantised += _rewrite(graph, site)
+                findings.quantised += _rewrite(graph, site, targets)
             findings.fused += 1
+            findings.experts += site.experts is not None
     finally:  # also where something raised: what was fused before stands, and the graph must be whole
         if rewrite:
             stable_topological_sort(graph)  # users of a sum may stand before the norm
@@ -174,12 +194,33 @@ def _check(site: _Site, targets: Targets) -> None:
             raise _Unfit("elements of a row of the residual are not contiguous")
 
 
-def _rewrite(graph: fx.Graph, site: _Site) -> bool:
+def _experts(site: _Site, experts: Experts | None) -> fx.Node | None:
+    """The call of the experts whose result a site reduces. Raises _Unfit where they can't go in."""
+    call = site.x.args[0] if site.x.target is operator.getitem else site.x
+    if experts is None or not isinstance(call, fx.Node) or experts.stock not in (call.target, *call.args[:1]):
+        return None
+    if call.target not in FUNCTIONAL or site.x.args[1] != 0:  # behind it, what it writes to may be read: it can't move
+        raise _Unfit(f"experts in a call of {call.target}")
+    if site.residual is None:
+        raise _Unfit("experts before a norm without a residual")
+    if len(site.x.users) > 1 or any(user.users or user.op == "output" for user in call.users if user is not site.x):
+        raise _Unfit("the experts' result, or what they write to, is used elsewhere")
+    if call.kwargs.get("hidden_dim_unpadded") != 0:
+        raise _Unfit("experts of another width")
+    if any(_value(node).dim() != 2 for node in (site.x, *site.views)):  # views from 2-D to 2-D keep all rows
+        raise _Unfit("rows of experts in another shape")
+    return call
+
+
+def _rewrite(graph: fx.Graph, site: _Site, targets: Targets) -> bool:
     """Returns whether a quantisation went in, too."""
     ops, norm, end = torch.ops.tpfuse_vllm, site.norm, site.end
     wants_sum = site.residual is None and len(end.users) > 1
     quantised = None if wants_sum else quantised_of(site)
     with graph.inserting_before(norm):
+        if site.experts is not None and targets.experts is not None:
+            _rewrite_experts(graph, site, site.experts, targets.experts.ours, quantised)
+            return quantised is not None
         x = site.x
         for view in site.views:
             x = _insert(graph, aten.reshape.default, (x, *view.args[1:]), view, _value(view))
@@ -228,10 +269,31 @@ def _normed(site: _Site) -> fx.Node | None:
     return site.norm if site.residual is None else _item(site.norm, 0)
 
 
-def _rewrite_quantised(graph: fx.Graph, site: _Site, x: fx.Node, found: Quantised) -> None:
+def _rewrite_experts(graph: fx.Graph, site: _Site, call: fx.Node, ours: Any, found: Quantised | None) -> None:
+    """Our operator in the form that the experts' has: what it writes to stays declared."""
+    kind, given, keep_norm = ("", None, True) if found is None else (found.kind, found.given, _kept(site, found))
+    more: dict[str, Any] = {"residual": site.residual, "weight": site.weight, "given": given, "eps": site.eps}
+    more |= {"weight_bias": site.weight_bias, "quant": kind, "keep_norm": keep_norm}
+    nodes = [_normed(site) if keep_norm else None, _item(site.norm, 1)]
+    nodes += [None, None] if found is None else [found.quant, found.scale]
+    none = _value(site.x).new_empty(0)
+    there = [_value(site.x) if keep_norm else none, _value(site.residual)]  # type: ignore[arg-type]
+    there += [none if node is None else _value(node) for node in nodes[2:]]
+    new = _insert(graph, call.target, (ours,), site.norm, (*there, *_value(call)[1:]), call.kwargs | more)
+    for i, node in enumerate(nodes):
+        if node is not None:
+            node.replace_all_uses_with(_insert(graph, operator.getitem, (new, i), node, _value(node)))
+
+
+def _kept(site: _Site, found: Quantised) -> bool:
+    """Whether others than a quantisation want the norm."""
     normed = _normed(site)
     assert normed is not None
-    keep_norm = any(user not in found.inputs for user in normed.users)
+    return any(user not in found.inputs for user in normed.users)
+
+
+def _rewrite_quantised(graph: fx.Graph, site: _Site, x: fx.Node, found: Quantised) -> None:
+    normed, keep_norm = _normed(site), _kept(site, found)
     total = None if site.residual is None else _item(site.norm, 1)
     # The results in the operator's order, each in the place of a node; nobody may want the new residual.
     kept = normed if keep_norm else None
@@ -254,9 +316,11 @@ def _item(node: fx.Node, index: int) -> fx.Node | None:
     return next((user for user in node.users if user.target is operator.getitem and user.args[1] == index), None)
 
 
-def _insert(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, value: Any) -> fx.Node:
+def _insert(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, value: Any, named: dict[str, Any] | None = None
+) -> fx.Node:
     """A new node in the place of `like`. Of its meta only what is true of the new node, too."""
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, named)
     node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
     node.meta["val"] = value
     return node

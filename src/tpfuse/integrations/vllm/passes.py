@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from tpfuse.integrations.serving import state
-from tpfuse.integrations.vllm import graph, settings
+from tpfuse.integrations.vllm import experts, graph, settings
 from tpfuse.integrations.vllm.plugin import guarded, replace
 from tpfuse.integrations.vllm.settings import LOG
 
@@ -88,6 +88,7 @@ def apply(found: fx.Graph, engaged: state.Engaged, nvfp4: bool) -> None:
         torch.ops.vllm_ir.rms_norm.default,
         torch.ops.vllm_ir.fused_add_rms_norm.default,
         16384 if engaged.comm is None else engaged.comm.max_hidden,
+        experts.targets(),
     )
     keep = becomes_nvfp4 if nvfp4 else lambda norm: ""
     findings = graph.fuse(found, targets, keep=keep, rewrite=engaged.effective == "fused")
@@ -95,10 +96,13 @@ def apply(found: fx.Graph, engaged: state.Engaged, nvfp4: bool) -> None:
     if engaged.effective == "control" and findings.fused:
         engaged.left["all-reduce + norm, left in this mode"] += findings.fused
     LOG.debug(
-        "a graph with %d all-reduce + norm, %d of them quantised; left: %s",
+        "a graph with %d all-reduce + norm, %d of them quantised, %d with experts; left: %s; experts left before a "
+        "fused one: %s",
         findings.fused,
         findings.quantised,
+        findings.experts,
         findings.left or "none",
+        findings.summed or "none",
     )
 
 

@@ -27,7 +27,12 @@ from tpfuse.integrations.vllm.settings import LOG, NAME
 
 # modules beside this one, each with an install(), and what they replace
 RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
-FEATURES = {"passes": "all-reduce + norm", "qk_norm": "QK norm", "functions": "all-reduce + norm as a function"}
+FEATURES = {
+    "passes": "all-reduce + norm",
+    "experts": "the sum over experts in all-reduce + norm",
+    "qk_norm": "QK norm",
+    "functions": "all-reduce + norm as a function",
+}
 
 
 _missing: list[str] = []  # features that could not be placed in this worker
