@@ -3,7 +3,7 @@ vLLM's while it runs. With stand-ins for vLLM's operator, layer and functions.""
 
 from __future__ import annotations
 
-
+import dataclasses
 import sys
 import threading
 from types import ModuleType, SimpleNamespace
@@ -13,13 +13,15 @@ import torch
 import vllm_stand_ins as stand_ins
 from torch import Tensor
 from torch._higher_order_ops.auto_functionalize import auto_functionalized, auto_functionalized_v2
+from torch.utils._pytree import tree_leaves
 from vllm_stand_ins import WIDTH, all_reduce, count, ops, traced
 
 from tpfuse import Communicator
 from tpfuse.errors import Unsupported
 from tpfuse.integrations.serving import state
 from tpfuse.integrations.vllm import experts
-from tpfuse.integrations.vllm.graph import Experts, fuse
+from tpfuse.integrations.vllm.graph import fuse
+from tpfuse.integrations.vllm.plugin import replace
 from tpfuse.quant import FORMATS
 
 B16 = torch.bfloat16
@@ -87,11 +89,9 @@ class Layer:
         return output
 
 
-class Known:
-    """What KNOWN asks for, by name."""
-
-
 def known_layer(**changes):
+    """What KNOWN asks for, by name, but for what is given."""
+
     def of(path, **attributes):
         name = experts.KNOWN[path][0] if path not in changes else changes[path]
         return type(name, (), {"__module__": "vllm.somewhere", **attributes})()
@@ -205,9 +205,7 @@ def fused(module):
 
 
 def with_experts():
-    from dataclasses import replace
-
-    return replace(stand_ins.TARGETS, experts=experts.targets())
+    return dataclasses.replace(stand_ins.TARGETS, experts=experts.targets())
 
 
 @pytest.mark.parametrize("view", [False, True], ids=["plain", "behind a view"])
@@ -280,6 +278,15 @@ def written_is_the_residual(x, logits, residual, w):
     return ops.fused_add_rms_norm(all_reduce(y), x, w, 1e-6)
 
 
+def read_is_the_residual(x, logits, residual, w):
+    return ops.fused_add_rms_norm(all_reduce(run("v1", x, logits)[0]), x, w, 1e-6)
+
+
+def a_view_is_the_residual(x, logits, residual, w):
+    y = run("v2", x.view(-1).view(-1, WIDTH), logits)[0]
+    return ops.fused_add_rms_norm(all_reduce(y), x, w, 1e-6)
+
+
 def scaled(x, logits, residual, w):
     return ops.fused_add_rms_norm(all_reduce(run("v1", x, logits)[0] * 2.0), residual, w, 1e-6)
 
@@ -292,6 +299,8 @@ def scaled(x, logits, residual, w):
         (written_used, "the experts' result, or what they write to, is used elsewhere"),
         (written_returned, "the experts' result, or what they write to, is used elsewhere"),
         (written_is_the_residual, "the experts' result, or what they write to, is used elsewhere"),
+        (read_is_the_residual, "the experts write to what is the residual, too"),
+        (a_view_is_the_residual, "the experts write to what is the residual, too"),
         (scaled, None),
         (boundary("direct"), "experts in a call of vllm_stand_in.moe_forward.default"),
         (boundary("v1", hidden_dim_unpadded=32), "experts of another width"),
@@ -307,7 +316,7 @@ def test_experts_that_stay(function, reason, vllm, serving):
     assert [found.partition(": ")[2] for found in findings.summed] == ([] if reason is None else [reason])
     module.graph.lint()
     module.recompile()
-    for y, reference in zip(torch.utils._pytree.tree_leaves(module(*inputs)), torch.utils._pytree.tree_leaves(expected), strict=True):
+    for y, reference in zip(tree_leaves(module(*inputs)), tree_leaves(expected), strict=True):
         torch.testing.assert_close(y, reference, rtol=2**-7, atol=2**-7)
     assert vllm.sums == 2
 
@@ -549,7 +558,7 @@ def test_layers_within_layers_keep_their_own(vllm):
             return super().__call__(x, logits)
 
     layer = Nested()
-    x, logits, found, top_k = terms(vllm, layer)
+    _, _, found, top_k = terms(vllm, layer)
     assert top_k == TOP_K
     assert found.data_ptr() == layer.workspace[0].data_ptr()
     assert layer.inner.terms.data_ptr() == inner.workspace[0].data_ptr()
@@ -578,11 +587,11 @@ def test_what_raises_leaves_nothing_behind(vllm):
 
 
 def test_traced_callers_get_vllms_own(vllm):
-    compiled = torch.compile(lambda x, y: vllm.custom.moe_sum(x, y), backend="eager", fullgraph=True)
-    stock_sum_calls = vllm.sums
-    compiled(rows(3, 2, 8), y := rows(3, 8))
-    assert stock_sum_calls <= vllm.sums
-    assert y.shape == (3, 8)
+    owner = SimpleNamespace(moe_sum=lambda input, output: output.copy_(input.float().sum(1)))
+    replace(owner, "moe_sum", experts.moe_sum)
+    x, y = rows(3, 2, 8), rows(3, 8)
+    torch.compile(lambda: owner.moe_sum(x, y), backend="eager", fullgraph=True)()
+    assert torch.equal(y, x.float().sum(1).to(B16))
 
 
 # Which layers

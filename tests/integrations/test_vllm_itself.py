@@ -77,6 +77,25 @@ def test_quantisations_go_in_as_vllm_spells_them(on_ranks):
             torch.testing.assert_close(y, expected, rtol=2**-7, atol=1e-5)  # neighbours in bfloat16
 
 
+@pytest.mark.parametrize("functionalised", ["v1", "v2"])
+def test_sums_over_experts_go_in(functionalised, on_ranks):
+    for result in on_ranks(2, jobs.experts, functionalised, "moe_sum"):
+        assert result["unknown"] == {""}
+        assert result["top_k"] == [None, 4, 4]
+        assert result["sums"] == (2, 0)
+        assert "3 of 3 all-reduce + norms fused, 2 of 2 with their sum over experts" in result["summary"]
+        for y, expected in zip(result["found"], result["expected"], strict=True):
+            torch.testing.assert_close(y, expected, rtol=2**-6, atol=2**-6)  # rows rounded to bfloat16 twice
+
+
+def test_experts_that_add_up_by_themselves_are_reduced_as_they_are(on_ranks):
+    for result in on_ranks(2, jobs.experts, "v1", "in their own way"):
+        assert result["top_k"] == [None] * 3
+        assert "3 of 3 all-reduce + norms fused, 0 of 2 with their sum over experts" in result["summary"]
+        for y, expected in zip(result["found"], result["expected"], strict=True):
+            torch.testing.assert_close(y, expected, rtol=2**-6, atol=2**-6)
+
+
 def test_control_only_looks_and_has_a_key_of_its_own(on_ranks):
     keys = set()
     for result in on_ranks(2, jobs.boundaries, "control"):

@@ -298,14 +298,14 @@ def test_a_cache_dir_of_the_users_is_keyed_too(vllm, monkeypatch):
         head, _, folder = vllm.compilation.cache_dir.rpartition("/")
         assert head == "/somewhere"
         assert folder.startswith("tpfuse-control-")
-        assert folder.endswith("-passes-qk_norm")  # which could not be placed: there is no vLLM here
+        assert folder.endswith("-passes-experts-qk_norm")  # which could not be placed: there is no vLLM here
 
 
 def test_what_could_not_be_placed_is_part_of_the_key(vllm, monkeypatch):
     monkeypatch.setenv("TPFUSE_VLLM", "control")
     register()
     vllm.groups.initialize_model_parallel(2)
-    assert vllm.envs.compile_factors()["TPFUSE_VLLM"].endswith(" passes qk_norm")
+    assert vllm.envs.compile_factors()["TPFUSE_VLLM"].endswith(" passes experts qk_norm")
     monkeypatch.setattr(plugin, "FEATURES", {})
     vllm.groups.initialize_model_parallel(2)
     assert not vllm.envs.compile_factors()["TPFUSE_VLLM"].endswith("qk_norm")

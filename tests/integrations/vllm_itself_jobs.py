@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class Worker:
     def __enter__(self) -> Worker:
         from tpfuse import Communicator
         from tpfuse.integrations.serving import state
-        from tpfuse.integrations.vllm import passes, qk_norm
+        from tpfuse.integrations.vllm import experts, passes, qk_norm
 
         self.context.__enter__()
         self.parallel_state.init_distributed_environment(self.ranks, self.rank.rank % self.ranks, "env://", 0, "gloo")
@@ -62,6 +62,7 @@ class Worker:
             state.current.effective = self.effective
             state.current.comm = Communicator(state.current.group.device_group)
             passes.install()
+            experts.install()
             qk_norm.install()
         self.engaged = state.current
         return self
@@ -231,6 +232,153 @@ def quantisations(rank: Rank) -> dict[str, Any]:
         return {"counts": counts, "found": [y.float() for y in found], "expected": [y.float() for y in expected]}
 
 
+def experts(rank: Rank, functionalised: str, add_up: str) -> dict[str, Any]:
+    """Two layers of experts in vLLM's own parts, each behind a boundary and before one, compiled as above.
+
+    functionalised: v1, as vLLM asks Inductor to, or v2. add_up: how the layers do it, ops.moe_sum or by themselves."""
+    import vllm.ir
+    from torch._inductor import config as inductor
+    from vllm.forward_context import set_forward_context
+    from vllm.utils.torch_utils import LayerName
+
+    from tpfuse.integrations.vllm import experts as ours
+
+    def model(x: Tensor, residual: Tensor, gammas: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        y, residual = vllm.ir.ops.fused_add_rms_norm(reduced(x, group), residual, gammas[0], 1e-6)
+        for layer in range(2):
+            z = torch.ops.vllm.moe_forward(y, logits, None, None, LayerName(f"layer.{layer}"), 0)
+            z = torch.ops.vllm.all_reduce(z, group_name=group)
+            y, residual = vllm.ir.ops.fused_add_rms_norm(z, residual, gammas[1 + layer], 1e-6)
+        return y, residual
+
+    shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + rank.rank)
+    gammas, residual = torch.randn(3, WIDTH, generator=shared), torch.randn(TOKENS, WIDTH, generator=shared)
+    given = (
+        torch.randn(TOKENS, WIDTH, generator=own).bfloat16(),
+        residual.bfloat16(),
+        gammas.bfloat16(),
+        torch.randn(TOKENS, 8, generator=own).bfloat16(),
+    )
+    seen: list[int | None] = []
+    with Worker(rank, "fused") as worker, torch.no_grad():
+        adds_terms(worker.engaged.comm, seen)
+        layers = worker.config.compilation_config.static_forward_context
+        with experts_for_cpus(add_up) as sums:
+            layers |= {f"layer.{n}": layer_of_experts(n) for n in range(2)}
+            group = worker.engaged.group.unique_name
+            with set_forward_context(None, worker.config):
+                expected = [y.float() for y in model(*given)]
+                stock = len(sums)
+                with inductor.patch(enable_auto_functionalized_v2=functionalised == "v2"):
+                    found, *_ = compiled(worker, model, *given)
+        unknown = {ours.unknown(layer) for layer in layers.values()}
+        return {
+            "found": [y.float() for y in found], "expected": expected, "summary": worker.engaged.summary("left"),
+            "top_k": seen, "sums": (stock, len(sums) - stock), "unknown": unknown,
+        }  # fmt: skip
+
+
+def adds_terms(comm: Any, seen: list[int | None]) -> None:
+    """Notes each top_k, and adds up the terms here where the Communicator does not yet."""
+    from inspect import signature
+
+    stock = comm.all_reduce_rms_norm
+    knows = "top_k" in signature(stock).parameters
+
+    def all_reduce_rms_norm(x: Tensor, *args: Any, top_k: int | None = None, **kwargs: Any) -> Any:
+        seen.append(top_k)
+        if top_k is None or knows:
+            return stock(x, *args, **kwargs) if top_k is None else stock(x, *args, top_k=top_k, **kwargs)
+        return stock(x.float().sum(-2).to(x.dtype), *args, **kwargs)
+
+    comm.all_reduce_rms_norm = all_reduce_rms_norm
+
+
+@contextmanager
+def experts_for_cpus(add_up: str) -> Iterator[list[int]]:
+    """vLLM's TritonExperts with arithmetic for CPUs in the place of its kernels, and moe_sum's. Counts those sums."""
+    from types import SimpleNamespace
+
+    import vllm._custom_ops as custom_ops
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+    from vllm.v1.worker import workspace
+
+    def apply(self: Any, output: Tensor, hidden_states: Tensor, w1: Tensor, *_: Any, **given: Any) -> None:
+        weights, ids, y = given["topk_weights"], given["topk_ids"], given["workspace2"]
+        y = y.view(-1)[: ids.numel() * WIDTH].view(*ids.shape, WIDTH)
+        y.copy_((hidden_states.unsqueeze(1) * w1[ids, 0]) * weights.unsqueeze(-1))
+        if add_up == "moe_sum":
+            self.moe_sum(y, output)
+        else:
+            output.copy_(y.float().sum(1))
+
+    sums: list[int] = []
+
+    def moe_sum(input: Tensor, output: Tensor, *_: Any) -> None:
+        sums.append(input.shape[1])
+        output.copy_(input.float().sum(1))
+
+    stock = TritonExperts.apply, torch.ops._moe_C, torch.accelerator.empty_cache
+    TritonExperts.apply = apply
+    torch.ops._moe_C = SimpleNamespace(moe_sum=moe_sum)  # what custom_ops.moe_sum calls
+    torch.accelerator.empty_cache = lambda: None
+    workspace.init_workspace_manager(torch.device("cpu"))
+    assert hasattr(custom_ops.moe_sum, "tpfuse_stock")
+    try:
+        yield sums
+    finally:
+        TritonExperts.apply, torch.ops._moe_C, torch.accelerator.empty_cache = stock
+
+
+def layer_of_experts(seed: int) -> Any:
+    """A layer of vLLM's own classes, with no more in them than a forward takes: 8 experts, 4 for each token."""
+    from types import SimpleNamespace
+
+    from vllm.model_executor.layers.fused_moe import modular_kernel
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+    from vllm.model_executor.layers.fused_moe.prepare_finalize import no_dp_ep
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    def bare(kind: Any, **attributes: Any) -> Any:
+        made = kind.__new__(kind)
+        if isinstance(made, torch.nn.Module):
+            torch.nn.Module.__init__(made)
+        for name, value in attributes.items():
+            setattr(made, name, value)
+        return made
+
+    def select_experts(*, router_logits: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        weights, ids = router_logits.float().softmax(-1).topk(4)
+        return weights, ids
+
+    config = SimpleNamespace(
+        dp_size=1, pcp_size=1, sp_size=1, tp_size=2, ep_size=1, is_sequence_parallel=False, use_ep=False,
+        moe_parallel_config=SimpleNamespace(use_all2all_kernels=False, dp_size=1, use_ep=False),
+    )  # fmt: skip
+    chosen = bare(TritonExperts, moe_config=config, quant_config=FUSED_MOE_UNQUANTIZED_CONFIG, _lora_context=None)
+    kernel = modular_kernel.FusedMoEKernel(no_dp_ep.MoEPrepareAndFinalizeNoDPEPModular(), chosen)
+    method = bare(
+        UnquantizedFusedMoEMethod, moe_kernel=kernel, moe_quant_config=FUSED_MOE_UNQUANTIZED_CONFIG,
+        unquantized_backend=None,
+    )  # fmt: skip
+    method.forward = method.forward_native  # forward_cuda calls it
+    w = torch.randn(8, 2, WIDTH, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    routed = bare(
+        RoutedExperts, quant_method=method, w13_weight=w, w2_weight=w, activation=MoEActivation.SILU,
+        apply_router_weight_on_input=False, global_num_experts=8, _expert_map=None,
+        rocm_aiter_fmoe_enabled=False,
+    )  # fmt: skip
+    router = SimpleNamespace(select_experts=select_experts)
+    return bare(
+        MoERunner, routed_experts=routed, moe_config=config, router=router, gate=None, _shared_experts=None,
+        layer_name=f"layer.{seed}",
+    )  # fmt: skip
+
+
 def reduced(x: Tensor, group: str) -> Tensor:
     """An all-reduce as vLLM calls it on GPUs; its communicator for CPUs works in place."""
     y: Tensor = torch.ops.vllm.all_reduce(x.clone(), group_name=group)
@@ -248,6 +396,10 @@ def compiled(worker: Worker, model: Callable[..., Any], *given: Tensor) -> tuple
     manager.configure(worker.config)
     # About kernels that are not in this graph, and in no vLLM that is installed for CPUs.
     type(manager.fix_functionalization).__call__ = lambda self, graph: None
+    with suppress(ImportError):  # vLLM's compiler does it: Inductor of torch 2.11 takes no names of layers
+        from vllm.env_override import _apply_constrain_to_fx_strides_patch
+
+        _apply_constrain_to_fx_strides_patch()
     torch._dynamo.reset()
     for rows in given:
         if rows.shape[0] == TOKENS:  # as vLLM does it: all else is static, floats too

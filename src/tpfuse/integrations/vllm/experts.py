@@ -64,6 +64,7 @@ def install() -> None:
     """Define the operator, and have the two functions leave out what it asks them to. Raises LookupError where they
     are not the known ones."""
     global _library, _layer
+    _layer = None
     import vllm._custom_ops as custom_ops
     from vllm.model_executor.layers.fused_moe.runner import moe_runner
     from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
@@ -103,7 +104,7 @@ def layers_of(moe_runner: Any) -> Callable[[Any], Any]:
 
 def targets() -> Experts | None:
     """What a pass looks for, and what it puts there."""
-    if _library is None:
+    if _library is None or _layer is None:
         return None
     ours = torch.ops.tpfuse_vllm.moe_forward_all_reduce_rms_norm.default
     return Experts(torch.ops.vllm.moe_forward.default, ours)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.fx_utils import get_node_storage
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from tpfuse.backends.cuda.all_reduce import why_not
@@ -207,6 +208,10 @@ def _experts(site: _Site, experts: Experts | None) -> fx.Node | None:
         raise _Unfit("the experts' result, or what they write to, is used elsewhere")
     if call.kwargs.get("hidden_dim_unpadded") != 0:
         raise _Unfit("experts of another width")
+    # Within one call nothing would copy what is written to first and read then.
+    theirs = set(map(get_node_storage, call.all_input_nodes))
+    if theirs & {get_node_storage(site.residual), get_node_storage(site.weight)}:
+        raise _Unfit("the experts write to what is the residual, too")
     if any(_value(node).dim() != 2 for node in (site.x, *site.views)):  # views from 2-D to 2-D keep all rows
         raise _Unfit("rows of experts in another shape")
     return call

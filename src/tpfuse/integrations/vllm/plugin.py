@@ -167,7 +167,7 @@ def _report_after_warm_up() -> None:
 
         result = stock(*args, **kwargs)
         if state.current is not None:
-            LOG.info("%s", state.current.summary("all-reduces left in compiled graphs"))
+            LOG.info("%s", state.current.summary("left to vLLM"))
         return result
 
     replace(Worker, "compile_or_warm_up_model", warm_up)
