@@ -106,7 +106,7 @@ def known_layer(**changes):
     routed = of("routed_experts", quant_method=of(method, moe_kernel=SimpleNamespace(impl=kernel)))
     config = {"dp_size": 1, "pcp_size": 1, "is_sequence_parallel": False} | changes.get("config", {})
     return of(
-        "__self__",
+        "",
         routed_experts=routed,
         moe_config=SimpleNamespace(**config),
         shared_experts=changes.get("shared"),
@@ -426,6 +426,21 @@ def test_sum_and_copy_are_left_out(inference, vllm, serving):
     assert experts._kept.get() is None
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["own memory", "memory of the terms"])
+def test_a_sum_that_goes_to_the_output_at_once(shared, vllm, serving):
+    """As in vLLM 0.33 on GPUs."""
+
+    class AtOnce(Layer):
+        def __call__(self, x, logits):
+            output = self.workspace[0, -x.numel() :].view_as(x) if shared else torch.empty_like(x)
+            vllm.moe_sum(self.terms(x, logits), output)
+            return vllm.noop.apply(output, output, None, None, False)
+
+    x, logits, found, top_k = terms(vllm, AtOnce())
+    assert torch.equal(found, Layer().terms(x, logits))
+    assert (vllm.sums, vllm.copies, top_k) == (0, 0, TOP_K)
+
+
 def test_outside_nothing_is_left_out(vllm):
     layer, x = vllm.layers["a"], rows(3, WIDTH)
     layer(x, rows(3, 8))
@@ -600,7 +615,7 @@ def test_traced_callers_get_vllms_own(vllm):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"__self__": "MoERunnerOfTheirs"}, "MoERunnerOfTheirs is not known"),
+        ({"": "MoERunnerOfTheirs"}, "MoERunnerOfTheirs is not known"),
         ({"routed_experts.quant_method": "Mxfp4MoEMethod"}, "Mxfp4MoEMethod is not known"),
         ({"routed_experts.quant_method.moe_kernel.impl": "Monolithic"}, "Monolithic is not known"),
         ({"routed_experts.quant_method.moe_kernel.impl.fused_experts": "DeepGemmExperts"}, "DeepGemmExperts is not"),

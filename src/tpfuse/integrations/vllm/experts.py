@@ -43,7 +43,7 @@ SUM = ("input", "output")  # the parameters of moe_sum; 0.33 has more, with defa
 APPLY = ("self", "output", "fused_expert_output", "topk_weights", "topk_ids", "apply_router_weight_on_input")
 # What a layer is made of where its sum can be left out: attribute, types.
 KNOWN = {
-    "__self__": ("MoERunner",),
+    "": ("MoERunner",),
     "routed_experts": ("RoutedExperts",),
     "routed_experts.quant_method": (
         "UnquantizedFusedMoEMethod",
@@ -70,6 +70,7 @@ def install() -> None:
     from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
     known(torch.ops.vllm.moe_forward.default._schema.arguments, ARGUMENTS, "vllm::moe_forward")
+    known(parameters(moe_runner._moe_forward), ARGUMENTS, "_moe_forward")
     known(parameters(custom_ops.moe_sum)[: len(SUM)], SUM, "moe_sum")
     known(parameters(TopKWeightAndReduceNoOP.apply), APPLY, "TopKWeightAndReduceNoOP.apply")
     _layer = layers_of(moe_runner)
@@ -230,7 +231,7 @@ def why_not(layer_name: Any) -> str:
 def unknown(layer: Any) -> str:
     """What of a layer is not as it is known; empty if nothing."""
     for path, types in KNOWN.items():
-        kind = type(layer if path == "__self__" else attrgetter(path)(layer))
+        kind = type(attrgetter(path)(layer) if path else layer)
         if kind.__name__ not in types or kind.__module__.partition(".")[0] != "vllm":
             return f"{kind.__name__} is not known"
     config, experts = layer.moe_config, layer.routed_experts.quant_method.moe_kernel.impl.fused_experts
