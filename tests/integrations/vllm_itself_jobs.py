@@ -261,7 +261,7 @@ def experts(rank: Rank, functionalised: str, add_up: str) -> dict[str, Any]:
     )
     seen: list[int | None] = []
     with Worker(rank, "fused") as worker, torch.no_grad():
-        adds_terms(worker.engaged.comm, seen)
+        note_terms(worker.engaged.comm, seen)
         layers = worker.config.compilation_config.static_forward_context
         with experts_for_cpus(add_up) as sums:
             layers |= {f"layer.{n}": layer_of_experts(n) for n in range(2)}
@@ -278,18 +278,13 @@ def experts(rank: Rank, functionalised: str, add_up: str) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def adds_terms(comm: Any, seen: list[int | None]) -> None:
-    """Notes each top_k, and adds up the terms here where the Communicator does not yet."""
-    from inspect import signature
-
+def note_terms(comm: Any, seen: list[int | None]) -> None:
+    """Notes each top_k."""
     stock = comm.all_reduce_rms_norm
-    knows = "top_k" in signature(stock).parameters
 
-    def all_reduce_rms_norm(x: Tensor, *args: Any, top_k: int | None = None, **kwargs: Any) -> Any:
+    def all_reduce_rms_norm(*args: Any, top_k: int | None = None, **kwargs: Any) -> Any:
         seen.append(top_k)
-        if top_k is None or knows:
-            return stock(x, *args, **kwargs) if top_k is None else stock(x, *args, top_k=top_k, **kwargs)
-        return stock(x.float().sum(-2).to(x.dtype), *args, **kwargs)
+        return stock(*args, top_k=top_k, **kwargs)
 
     comm.all_reduce_rms_norm = all_reduce_rms_norm
 

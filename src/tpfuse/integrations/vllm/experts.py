@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpfuse.backends.cuda import all_reduce
 from tpfuse.communicator import boundary_outputs
 from tpfuse.errors import Unsupported
 from tpfuse.integrations.serving import state
@@ -260,6 +261,7 @@ class Kept:
         """Whether a sum is left out: the first one of this run, if it is that of all tokens."""
         hidden = self.hidden
         fits = terms.dim() == 3 and (terms.shape[0], terms.shape[2]) == total.shape == hidden.shape
+        fits = fits and not all_reduce.why_not(terms.shape[2], terms.shape[1])
         alike = terms.dtype == total.dtype == hidden.dtype and terms.device == hidden.device
         if self.terms is not None or not fits or not alike or not terms.is_contiguous() or not terms.numel():
             return False
