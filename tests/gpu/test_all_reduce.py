@@ -71,6 +71,7 @@ class Spec:
     row_sharded: bool = False
     plain: bool = False  # all_reduce
     offset: int = 0  # elements before each row of x and of the residual
+    top_k: int | None = None
 
 
 class Problem:
@@ -80,11 +81,12 @@ class Problem:
         self.spec, self.rank = spec, rank.rank
         generator = torch.Generator("cuda").manual_seed(hash_of(spec))
 
-        def rows(dtype: torch.dtype, scale: float) -> Tensor:
-            wide = torch.randn(spec.rows, spec.width + spec.offset, generator=generator, device="cuda") * scale
-            return wide.to(dtype)[:, spec.offset :]
+        def rows(dtype: torch.dtype, scale: float, *terms: int) -> Tensor:
+            wide = torch.randn(spec.rows, *terms, spec.width + spec.offset, generator=generator, device="cuda") * scale
+            return wide.to(dtype)[..., spec.offset :]
 
-        self.xs = [rows(spec.dtype, 4.0**r) for r in range(rank.world)]
+        terms = () if spec.top_k is None else (spec.top_k,)
+        self.xs = [rows(spec.dtype, 4.0**r, *terms) for r in range(rank.world)]
         if change is not None:
             self.xs = [change(x, r) for r, x in enumerate(self.xs)]
         self.weight = torch.randn(spec.width, generator=generator, device="cuda").to(spec.dtype)
@@ -96,7 +98,12 @@ class Problem:
             self.want = NormOutput(reference.all_reduce(self.xs), None, None, None)
         else:
             want = reference.all_reduce_rms_norm(
-                self.xs, self.weight, residual=whole, quant=self.format, keep_norm=spec.keep_norm
+                self.xs,
+                self.weight,
+                residual=whole,
+                quant=self.format,
+                keep_norm=spec.keep_norm,
+                top_k=spec.top_k,
             )
             self.want = want._replace(residual=None if want.residual is None else want.residual[mine])
         self.own = self.xs[self.rank]
@@ -112,6 +119,7 @@ class Problem:
             quant=self.format,
             keep_norm=self.spec.keep_norm,
             residual_layout="row_sharded" if self.spec.row_sharded else "replicated",
+            top_k=self.spec.top_k,
         )
 
     def right(self, y: NormOutput) -> bool:
@@ -231,7 +239,21 @@ def unquantised_and_without_residual(world: int) -> list[Spec]:
     return found
 
 
+def outputs_of_experts(world: int) -> list[Spec]:
+    kinds = (
+        Spec(1, 3072, top_k=8),
+        Spec(1, 6144, residual=None, top_k=3),
+        Spec(1, 3584, F16, F32, row_sharded=True, offset=8, top_k=10),
+        Spec(1, 16384, F32, top_k=32),
+        Spec(1, 100, residual=F32, offset=3, top_k=1),
+        Spec(1, 3072, residual=F32, quant="fp8_per_token", top_k=8),
+    )
+    found = [replace(kind, rows=rows) for kind in kinds for rows in edges(world, kind.width, kind.dtype)]
+    return [*found, Spec(2 * ring_rows(3072, 2, world, 1) + world + 1, top_k=8)]
+
+
 SETS: dict[str, Callable[[int], list[Spec]]] = {
+    "experts": outputs_of_experts,
     "shapes": shapes,
     "beyond the slots": beyond_the_slots,
     "without residual": unquantised_and_without_residual,
@@ -419,6 +441,8 @@ def mixed(world: int) -> list[Spec]:
         Spec(5, 3072, BF16, BF16, "fp8_static", keep_norm=True),
         Spec(701, 8192, BF16, F32),
         Spec(2, 16384, BF16, plain=True),
+        Spec(9, top_k=8),
+        Spec(300, 2880, F16, F32, top_k=3),
     ]
 
 
