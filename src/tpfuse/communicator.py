@@ -346,10 +346,13 @@ class Communicator:
             checks.layout(op, residual_layout, residual)
         if torch.compiler.is_compiling():
             checks.no_gradient(op, x=x, residual=residual)
+            if top_k is not None:
+                checks.experts(op, top_k, x)
             return self._compiled_boundary(x, weight, residual, eps, weight_bias, quant, keep_norm, row_sharded, top_k)
         key = (
             op, traits(x), traits(weight), residual is not None and traits(residual), eps, weight_bias,
             quant is not None and format_traits(quant), keep_norm, row_sharded, top_k,
+            type(top_k),
         )  # fmt: skip
         served = self._remembered(key)
         if served is None:

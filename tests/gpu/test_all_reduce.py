@@ -903,7 +903,7 @@ def test_a_first_call_inside_a_capture_is_an_error(ranks: Ranks) -> None:
         assert "that torch.distributed serves, inside a CUDA graph capture" in first
         assert "Call prepare() on every rank before" in first
         assert second.startswith("Unsupported: all_reduce_rms_norm: the kernel for torch.float32")
-        assert "Call it once with these dtypes, this width and this format before the capture" in second
+        assert "Call it once with these dtypes, this width, format and top_k before the capture" in second
         assert finite == "True, prepared False"
 
 

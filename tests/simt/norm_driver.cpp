@@ -58,7 +58,7 @@ struct Variant {
   u32 rows_at_once() const { return kind == Kind::row ? warps : rows; }
   u32 block_threads(const u32 (&width)[2]) const {
     u32 count = group_count(width[0]) + group_count(width[1]);
-    return kWarp * (kind == Kind::row ? warps : (count + vectors - 1) / vectors);
+    return kWarp * (kind == Kind::row ? warps + scouts(few, turn) : (count + vectors - 1) / vectors);
   }
   bool fits(const u32 (&width)[2]) const {
     u32 count[] = {group_count(width[0]), group_count(width[1])};
@@ -122,6 +122,7 @@ void variants_of() {
     by_row<T, W, 6, 1, true, 2, false>();
     by_block<T, W, 2, 1, 4, true, true>();
   } else {
+    by_row<T, W, 6, 1, true, 4, true, Turn::halves>();
     by_block<T, W, 2, 1, 1, true, true, Turn::halves>();
     by_block<T, W, 2, 1, 4, true, true, Turn::halves, 4>();
   }

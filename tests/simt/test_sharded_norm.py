@@ -89,7 +89,7 @@ MUTATIONS = {
         few=3,
     ),
     "angles_in_one_place": Mutation({"% kTables": "% 1"}, ("block",), few=3),
-    "any_position": Mutation({"position >= a.known_positions || lane()": "lane()"}, ("block",), few=3),
+    "any_position": Mutation({"if (position >= a.known_positions) return;": ""}, ("row",), few=3),
     "rows_of_the_other_lane": Mutation(
         {"lane() & kPartner ? kOwn : 0": "lane() & kPartner ? 0 : kOwn"}, ("block",), few=3
     ),

@@ -56,7 +56,8 @@
 // wait: a prefetch reads nothing, and the L2 is where a writer's stores meet it. So does norm_by_block for its first step
 // where the host says so (prefetches): rows that are not in the L2 yet gain up to 10% (33.4 us to 31.8 at 16384 rows), but
 // rows that are there lose up to 20%. Which angles a row needs its position says, which is read before the wait for their
-// prefetch alone, and again behind it: cold 2.35 us instead of 2.64 at one row.
+// prefetch alone, and again behind it: cold 2.35 us instead of 2.64 at one row. Of few rows a warp of its own reads it:
+// behind a grid that does not trigger early, who has the row must not wait for that trip (0.25 to 0.4 us at 1 to 256 rows).
 //
 // What one row costs is a chain of steps that all ranks wait for, so in norm_by_row all that can be done before the wait,
 // or while packets are under way, is done there, and pinned: the compiler would move it to its use, behind the arrival.
@@ -272,17 +273,18 @@ class Rotation {
     if (row >= a.rows) return 0;
     return load_global(reinterpret_cast<const Vec8*>(a.positions) + row).w[0] * (a.rotary_dim / 8);
   }
-  // Asks for the row's angles to come into the L2, one lane for each of their sectors, before the wait for earlier grids.
-  // One of these may yet write the position. Then others are asked for, which nobody looks at; so the position may be any
-  // number here.
-  TPF_DEVICE static void prefetch_angles(const NormArgs& a, u32 row) {
+  // Asks for the row's angles to come into the L2, before the wait for earlier grids, by one of `lanes`. One of these grids
+  // may yet write the position. Then others are asked for, which nobody looks at; so the position may be any number here.
+  TPF_DEVICE static void prefetch_angles(const NormArgs& a, u32 row, u32 lane, u32 lanes) {
     if constexpr (kTurn == Turn::none || !kPrefetches) return;
     if (row >= a.rows) return;
     u64 position = load_system(reinterpret_cast<const u64*>(a.positions) + row);
+    if (position >= a.known_positions) return;
     u32 bytes = a.rotary_dim * 2, sectors = (bytes + 31) / 32;  // of a table's row
-    if (position >= a.known_positions || lane() >= 2 * sectors) return;
-    u64 table = lane() < sectors ? a.cosines : a.sines;
-    prefetch(reinterpret_cast<const void*>(table + position * bytes + lane() % sectors * 32));
+    for (u32 i = lane; i < 2 * sectors; i += lanes) {
+      u64 table = i < sectors ? a.cosines : a.sines;
+      prefetch(reinterpret_cast<const void*>(table + position * bytes + i % sectors * 32));
+    }
   }
   TPF_DEVICE static Vec16 vector_of(u64 table, u32 begin, u32 vector) {
     return load_global(reinterpret_cast<const Vec16*>(table) + (begin + vector));
@@ -542,15 +544,23 @@ TPF_DEVICE void prefetch_row(u64 row, u32 width) {
 TPF_DEVICE constexpr u32 padded(u32 groups) { return groups <= 1 ? 1 : 2 * padded((groups + 1) / 2); }
 
 // Block: kWarps warps, a row each. kGroups0, kGroups1: groups of the tensors; 0 for no second one. Grid: all rows, at most
-// kRowPlaces. kFew: so few rows that a warp keeps its own gamma in registers, and no barrier waits for it.
+// kRowPlaces. kFew: so few rows that a warp keeps its own gamma in registers, and no barrier waits for it; and, where rows
+// are turned, that one more warp looks ahead for the angles of all. It reads positions, and whoever has a row must not wait
+// for that.
+TPF_DEVICE constexpr u32 scouts(bool few, Turn turn) { return few && turn != Turn::none ? 1 : 0; }
 template <class T, u32 W, u32 kGroups0, u32 kGroups1, bool kAligned, u32 kWarps, u32 kResident, bool kFew,
           Turn kTurn = Turn::none>
-TPF_KERNEL(kWarps * 32, kResident)
+TPF_KERNEL((kWarps + scouts(kFew, kTurn)) * 32, kResident)
 void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
   constexpr u32 kGroups = kGroups0 + kGroups1, kTensors = kGroups1 > 0 ? 2 : 1;
   auto tensor = [](u32 g) { return g >= kGroups0 ? 1u : 0u; };
   auto at = [](u32 g) { return (g >= kGroups0 ? g - kGroups0 : g) * kGroupElements + lane() * kLaneElements; };
 
+  if (scouts(kFew, kTurn) && warp_index() == kWarps) {
+    constexpr u32 kLanes = kWarp / kWarps;
+    Rotation<kTurn, false>::prefetch_angles(a, block_index() * kWarps + lane() / kLanes, lane() % kLanes, kLanes);
+    return;
+  }
   // All that does not depend on earlier grids comes before the wait: it costs nothing there.
   u32 row = block_index() * kWarps + warp_index();
   bool exists = row < a.rows;
@@ -592,7 +602,7 @@ void norm_by_row(const TPF_GRID_CONSTANT NormArgs a) {
     prefetch(reinterpret_cast<const void*>(counter));
     TPF_UNROLL
     for (u32 i = 0; i < kRowRing; ++i) prefetch(reinterpret_cast<const void*>(inbox + row_slot(i)));
-    Rotation<kTurn, false>::prefetch_angles(a, row);
+    if (!scouts(kFew, kTurn)) Rotation<kTurn, false>::prefetch_angles(a, row, lane(), kWarp);
   }
   if (!kFew) barrier();
 
@@ -991,7 +1001,7 @@ void norm_by_block(const TPF_GRID_CONSTANT NormArgs a) {
   if (kDeep && a.prefetches) {  // elsewhere NVRTC has no registers left for the addresses
     prefetch(counter);
     work.prefetch_rows(block_index());
-    if (kRows == 1 && warp_index() == 0) Step::Angles::prefetch_angles(a, block_index());
+    if (kRows == 1 && warp_index() == 0) Step::Angles::prefetch_angles(a, block_index(), lane(), kWarp);
   }
 
   dependency_trigger();

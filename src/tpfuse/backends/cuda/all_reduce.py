@@ -425,7 +425,7 @@ class AllReduce:
             if torch.cuda.is_current_stream_capturing():
                 raise Unsupported(
                     f"{op}: the kernel for {variant.dtype} and this width is not compiled yet, and a CUDA graph is "
-                    "being captured. Call it once with these dtypes, this width and this format before the capture."
+                    "being captured. Call it once with these dtypes, this width, format and top_k before the capture."
                 )
             made = compile_kernel(source(), variant.name_expression, arch=self._arch)
             found = self._launchers[op, variant] = Launcher(

@@ -121,7 +121,9 @@ class Variant:
 
     @property
     def threads(self) -> int:
-        return 32 * (ROW_WARPS if self.kernel == "row" else -(-sum(self.groups) // self.vectors))
+        if self.kernel == "row":
+            return 32 * (ROW_WARPS + (self.few and self.turn != "none"))
+        return 32 * -(-sum(self.groups) // self.vectors)
 
     @property
     def resident(self) -> int:

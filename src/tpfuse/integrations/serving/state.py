@@ -36,6 +36,7 @@ class Engaged:
     comm: Communicator | None = None
     fused: dict[str, set[int]] = field(default_factory=lambda: {QK_NORM: set(), BOUNDARY: set(), EXPERTS: set()})
     stock: dict[str, set[int]] = field(default_factory=lambda: {QK_NORM: set(), BOUNDARY: set(), EXPERTS: set()})
+    looked_at: set[int] = field(default_factory=set)  # sites whose sum over experts came back as it had been filled
     left: Counter[str] = field(default_factory=Counter)  # what stays with the engine, with the reasons
 
     def __str__(self) -> str:

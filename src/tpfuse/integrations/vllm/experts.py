@@ -210,6 +210,8 @@ def terms_of(run: Callable[[], Tensor], layer_name: Any, hidden: Tensor, gamma: 
         engaged.leave(state.EXPERTS, gamma, "vLLM adds up in another way")
         return whole, None
     kept.check(whole)
+    if kept.marked:
+        engaged.looked_at.add(gamma.data_ptr())
     engaged.fused[state.EXPERTS].add(gamma.data_ptr())
     return kept.terms, kept.terms.shape[1]
 
@@ -217,7 +219,7 @@ def terms_of(run: Callable[[], Tensor], layer_name: Any, hidden: Tensor, gamma: 
 def _first_time(engaged: state.Engaged, hidden: Tensor, gamma: Tensor) -> bool:
     """Whether to look at what comes back: once for a layer, which waits for the GPU. A graph's capture may not wait."""
     capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
-    return gamma.data_ptr() not in engaged.fused[state.EXPERTS] and not capturing
+    return gamma.data_ptr() not in engaged.looked_at and not capturing
 
 
 def why_not(layer_name: Any) -> str:

@@ -54,7 +54,7 @@ def install() -> None:
             return reduces is not None and reduces.is_applicable_for_range(get_pass_context().compile_range)
 
         def uuid(self) -> str:
-            return settings.fingerprint(self._engaged.effective)
+            return f"{settings.fingerprint(self._engaged.effective)}, experts {experts.targets() is not None}"
 
     def configure(stock: Callable[..., Any], manager: Any, config: Any) -> Any:
         result = stock(manager, config)
@@ -93,6 +93,7 @@ def apply(found: fx.Graph, engaged: state.Engaged, nvfp4: bool) -> None:
     keep = becomes_nvfp4 if nvfp4 else lambda norm: ""
     findings = graph.fuse(found, targets, keep=keep, rewrite=engaged.effective == "fused")
     engaged.left.update(findings.left)
+    engaged.left.update(f"{state.EXPERTS}: {reason}" for reason in findings.summed)
     if engaged.effective == "control" and findings.fused:
         engaged.left["all-reduce + norm, left in this mode"] += findings.fused
     LOG.debug(
