@@ -19,7 +19,7 @@ from vllm_stand_ins import WIDTH, all_reduce, count, ops, traced
 from tpfuse import Communicator
 from tpfuse.errors import Unsupported
 from tpfuse.integrations.serving import state
-from tpfuse.integrations.vllm import experts
+from tpfuse.integrations.vllm import experts, graph, passes
 from tpfuse.integrations.vllm.graph import fuse
 from tpfuse.integrations.vllm.plugin import replace
 from tpfuse.quant import FORMATS
@@ -313,6 +313,16 @@ def test_experts_that_stay(function, reason, vllm, serving):
     for y, reference in zip(tree_leaves(module(*inputs)), tree_leaves(expected), strict=True):
         torch.testing.assert_close(y, reference, rtol=2**-7, atol=2**-7)
     assert vllm.sums == 2
+
+
+def test_what_keeps_its_sum_is_reported(vllm, serving, monkeypatch):
+    operators = SimpleNamespace(default=None)
+    theirs = SimpleNamespace(all_reduce=operators, rms_norm=operators, fused_add_rms_norm=operators)
+    monkeypatch.setattr(passes, "torch", SimpleNamespace(ops=SimpleNamespace(vllm=theirs, vllm_ir=theirs)))
+    found = graph.Findings(fused=2, summed=["model.layers.3: experts of another width"])
+    monkeypatch.setattr(graph, "fuse", lambda *_, **__: found)
+    passes.apply(None, serving, nvfp4=False)
+    assert "1x sum over experts: model.layers.3: experts of another width" in serving.summary("left to vLLM")
 
 
 def test_rows_in_three_dimensions_stay(vllm):
