@@ -4,7 +4,9 @@ recording stand-in of tests/graphs for CUDA graphs."""
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
+from pathlib import Path
 
 import packed as jobs
 import pytest
@@ -14,7 +16,9 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'tpfuse[transformers]'")
 
 from tpfuse.errors import InvalidArgument, Unsupported
+from tpfuse.graphs import StaleGraph
 from tpfuse.integrations import transformers as integration
+from tpfuse.integrations.transformers.packed import PackedModel
 
 
 @pytest.fixture
@@ -59,6 +63,50 @@ def test_as_many_packed_models_as_one_likes_and_nothing_of_them_stays(model):
     del packed
     gc.collect()
     assert [cache() for cache in caches] == [None] * 10
+
+
+def test_what_changes_after_the_capture_is_seen_or_an_error(model):
+    """Although steps replay before torch checks anything: two packed models of one, each behind its own checks."""
+    sys.path.append(str(Path(__file__).parent.parent / "graphs"))
+    from stand_in import StandIn
+
+    whole, token = model("llama"), torch.arange(1, 5)
+    torch._dynamo.reset()
+    packed = [integration.piecewise(whole, [4], slots=1, length=8, mechanism=StandIn()) for _ in range(2)]
+    plain = PackedModel(whole, slots=1, length=8)
+
+    def check() -> None:
+        for _ in range(4):
+            for one in (*packed, plain):
+                one.free(0)
+            wanted = plain.step({0: token})
+            for one in packed:
+                assert (one.step({0: token}) - wanted).abs().max() <= 1e-5
+                assert one.cache.cached == [4]
+
+    with torch.no_grad():
+        check()
+        whole.load_state_dict({name: 1.1 * weight for name, weight in whole.state_dict().items()})
+        check()
+        whole.model.layers[1].self_attn.q_proj.forward = lambda x: torch.relu(x).repeat(1, 1, 2)[..., :64]
+        check()
+        del whole.model.layers[1].self_attn.q_proj.forward
+        check()
+        whole.config._attn_implementation = "eager"
+        whole.eval()
+        check()
+        whole.train()
+        check()
+        with torch.inference_mode():
+            check()
+        whole.load_state_dict({name: 0.9 * weight for name, weight in whole.state_dict().items()}, assign=True)
+        for one in packed:
+            one.free(0)
+            with pytest.raises(StaleGraph):
+                one.step({0: token})
+            assert one.cache.cached == [0]
+            one.clear()
+        check()
 
 
 def test_what_step_free_and_capture_refuse(model):

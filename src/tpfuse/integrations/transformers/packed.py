@@ -31,6 +31,7 @@ from torch.nn.functional import embedding, linear
 
 from tpfuse.errors import InvalidArgument, Unsupported
 from tpfuse.graphs import Attention, Cleared, GraphReport, Piecewise, attention
+from tpfuse.graphs.ahead import Ahead
 from tpfuse.graphs.piecewise import any_size
 from tpfuse.integrations.transformers.architecture import heads_of
 from tpfuse.integrations.transformers.architectures import ARCHITECTURES
@@ -146,6 +147,8 @@ class PiecewiseModel(PackedModel):
     def __init__(self, model: Any, sizes: Collection[int], *, slots: int, length: int, **settings: Any) -> None:
         self.backend = Piecewise(["tpfuse::attention"], sizes, **settings)
         super().__init__(model, slots=slots, length=length, backend=self.backend)
+        # A step that is done again writes the same keys and values to the same places.
+        self._hidden, self._logits = self._calls = Ahead(self._hidden), Ahead(self._logits)
         if self._comm is not None:
             self._comm.prepare()
 
@@ -174,6 +177,8 @@ class PiecewiseModel(PackedModel):
 
     def clear(self) -> Cleared:
         """Give graphs and their memory back; the next steps capture again. The KV cache stays."""
+        for call in self._calls:
+            call.forget()
         return self.backend.clear()
 
     def report(self) -> GraphReport:
