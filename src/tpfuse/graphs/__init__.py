@@ -3,11 +3,12 @@
 Reading order: `partition` cuts a traced graph into steps (`nodes`: what a graph calls; `specs`: what its values are;
 `rowwise`: which steps can't be padded), `runner` runs them (records, replays, pads), `capture` is what a CUDA graph is
 to them, `piecewise` is the backend that owns the runners and their life cycle, `report` counts, `boundary` is the
-operator behind which attention stands.
+operator behind which attention stands, `ahead` replays before torch has checked a call.
 """
 
 from __future__ import annotations
 
+from tpfuse.graphs.ahead import Ahead
 from tpfuse.graphs.boundary import Attention, attention, dense, sparse
 from tpfuse.graphs.capture import CudaGraphs
 from tpfuse.graphs.piecewise import Cleared, Estimate, Piecewise
@@ -15,6 +16,7 @@ from tpfuse.graphs.report import GraphReport
 from tpfuse.graphs.runner import CaptureFailed, StaleGraph
 
 __all__ = [
+    "Ahead",
     "Attention",
     "CaptureFailed",
     "Cleared",
