@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from multiprocessing.connection import wait
+from threading import Thread
 
 import failing
 import jobs
@@ -109,18 +111,24 @@ def test_after_a_timeout_the_communicator_fails_at_once_with_the_same_error(on_r
     assert second.seconds < 0.1
 
 
-@pytest.mark.parametrize(
-    ("dying", "words"),
-    [(2, "rank 2 did not arrive"), (0, "and so did the store that could say which rank is missing")],
-)
-def test_a_rank_that_is_killed_between_calls_is_named_while_the_store_lives(tmp_path, dying, words):
-    with Ranks(3) as ranks, pytest.raises(RankFailed, match=f"rank {dying}: the process died with exit code -9"):
-        ranks.run(failing.dies_in_the_middle, dying, 5.0, tmp_path)
+@pytest.mark.parametrize("dying", [2, 0])
+@pytest.mark.parametrize("store", ["lives", "dies"])
+def test_a_rank_that_is_killed_between_calls_is_named_while_the_store_lives(tmp_path, dying, store):
+    def die_with_it(ranks):
+        wait([ranks._processes[dying].sentinel])
+        ranks._store = None
+
+    with Ranks(3) as ranks:
+        if store == "dies":
+            Thread(target=die_with_it, args=(ranks,)).start()
+        with pytest.raises(RankFailed, match=f"rank {dying}: the process died with exit code -9"):
+            ranks.run(failing.dies_in_the_middle, dying, 5.0, tmp_path)
+    lost = "and so did the store that could say which rank is missing"
     for rank in {0, 1, 2} - {dying}:
         seen = (tmp_path / str(rank)).read_text()
         assert seen.startswith("PeerTimeout: call #2, all_reduce(3 rows x 8, float32)")
         assert f"on rank {rank}: " in seen
-        assert words in seen
+        assert (f"rank {dying} did not arrive" if store == "lives" else lost) in seen
 
 
 # Arguments. A group of one is enough, and 64 elements are as wide as it goes.

@@ -5,13 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import failing
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from tpfuse import launch
 from tpfuse.errors import InvalidArgument, PeerTimeout, TpfuseError, Unsupported
@@ -205,8 +208,11 @@ def test_a_rank_of_torchruns_that_is_no_number_is_refused(plain):
 
 
 def test_under_torchrun_the_job_runs_in_this_process(plain):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     for name, value in {
-        "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port()),
+        "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }.items():  # fmt: skip
         plain.setenv(name, value)
     assert run_ranks(failing.identity, "argument", world=1, device_type="cpu") == [
@@ -218,10 +224,15 @@ def test_under_torchrun_the_job_runs_in_this_process(plain):
 def test_a_rank_whose_peers_do_not_come_is_a_timeout():
     began = time.monotonic()
     with pytest.raises(PeerTimeout, match="rank 0 of 2: not all ranks came within 1 s"):
-        launch.join_group(0, 2, "cpu", f"tcp://127.0.0.1:{launch.free_port()}", 1.0, 0)
+        launch.join_group(0, 2, "cpu", TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port, 1.0, 0)
     assert time.monotonic() - began < 10
     assert not torch.distributed.is_initialized()
 
 
-def test_free_ports_are_free():
-    assert 1024 <= launch.free_port() < 65536
+def test_ranks_meet_where_nobody_else_listens():
+    """Many at once, none of which knows of the others' ports."""
+    with ExitStack() as stack:
+        started = [stack.enter_context(Ranks(2)) for _ in range(4)]
+        assert len({ranks._store.port for ranks in started}) == 4
+        for ranks in started:
+            assert [answer[0] for answer in ranks.run(failing.identity, "argument")] == [0, 1]

@@ -13,7 +13,6 @@ import gc
 import multiprocessing as mp
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from typing import Any
 from tpfuse.errors import InvalidArgument, PeerTimeout, TpfuseError, Unsupported
 
 Progress = Callable[[int, int, str], None]  # done, total, what
+LOOPBACK = "127.0.0.1"
 GRACE = 10.0  # seconds in which ranks may end by themselves
 
 
@@ -82,16 +82,19 @@ class Ranks:
     """W running ranks. `run(job, *args)` runs a job on all of them and returns their results in rank order."""
 
     def __init__(self, world: int, device_type: str = "cpu", *, timeout: float = 120.0) -> None:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
         self.world, self.timeout = world, timeout
         context = mp.get_context("spawn")
-        address = f"tcp://127.0.0.1:{free_port()}"
+        # Ranks meet here, at a port of the system's choice: one that rank 0 opens later may be taken by then.
+        self._store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
         with _interrupts_wait():
             for rank in range(world):
                 ours, theirs = context.Pipe()
                 process = context.Process(
-                    target=_serve, args=(theirs, rank, world, device_type, address, timeout), daemon=True
+                    target=_serve, args=(theirs, rank, world, device_type, self._store.port, timeout), daemon=True
                 )
                 process.start()
                 theirs.close()
@@ -178,7 +181,7 @@ def run_ranks(
     """Run a job once. Under torchrun it runs in this process, and the list holds this rank's result only."""
     if under_torchrun():
         rank, local = _torchruns("RANK", 0), _torchruns("LOCAL_RANK", 0)
-        join_group(rank, world, device_type, "env://", 120.0, local)
+        join_group(rank, world, device_type, None, 120.0, local)
         try:
             return [job(Rank(rank, world, device_type, progress if progress and rank == 0 else _ignore), *args)]
         finally:
@@ -187,26 +190,21 @@ def run_ranks(
         return ranks.run(job, *args, progress=progress)
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that is free now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def join_group(rank: int, world: int, device_type: str, address: str, timeout: float, local: int) -> None:
-    """Initialise torch.distributed for this process. Raises PeerTimeout if not all ranks come."""
+def join_group(rank: int, world: int, device_type: str, port: int | None, timeout: float, local: int) -> None:
+    """Initialise torch.distributed for this process. port: of the store where ranks meet, on this machine; None: as
+    torchrun has it. Raises PeerTimeout if not all ranks come."""
     import torch
     import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     backend = "gloo"
     if device_type == "cuda":
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(
-            backend, init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
-        )
+        limit = timedelta(seconds=timeout)
+        store = None if port is None else TCPStore(LOOPBACK, port, is_master=False, timeout=limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     except (RuntimeError, TimeoutError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PeerTimeout(f"rank {rank} of {world}: not all ranks came within {timeout:g} s: {reason}") from error
@@ -260,14 +258,14 @@ def _belong_to_parent() -> None:
     Thread(target=follow, name="tpfuse-follow-parent", daemon=True).start()
 
 
-def _serve(pipe: Connection, rank: int, world: int, device_type: str, address: str, timeout: float) -> None:
+def _serve(pipe: Connection, rank: int, world: int, device_type: str, port: int, timeout: float) -> None:
     """A rank's process: join the group, then run jobs until the pipe closes."""
     _belong_to_parent()
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     try:
-        join_group(rank, world, device_type, address, timeout, rank)
+        join_group(rank, world, device_type, port, timeout, rank)
     except TpfuseError as error:
         with suppress(OSError):  # the parent is gone
             pipe.send(("error", error))
