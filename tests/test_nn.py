@@ -200,6 +200,11 @@ def test_a_layer_boundary_is_the_op(on_ranks, with_residual, world):
         assert scale is None
 
 
+def test_a_layer_boundary_sums_the_outputs_of_experts(alone: Communicator):
+    x, residual, module = randn(5, 3, 48, dtype=torch.bfloat16), randn(5, 48), nn.AllReduceRMSNorm(48, alone)
+    assert same_bits(module(x, residual, top_k=3).norm, module(reference.sum_of_experts(x), residual).norm)
+
+
 def test_modules_print(alone: Communicator):
     assert "ShardedRMSNorm" in repr(torch.nn.Sequential(nn.ShardedRMSNorm(8, alone)))
 

@@ -118,7 +118,7 @@ class ShardedQKNorm(_ShardedWeight):
 class AllReduceRMSNorm(nn.Module):
     """All-reduce of partial sums, residual add and RMSNorm. `weight` is the whole gamma `[H]` on every rank.
 
-    quant, keep_norm, residual_layout: as of `Communicator.all_reduce_rms_norm`.
+    quant, keep_norm, residual_layout, and top_k of a call: as of `Communicator.all_reduce_rms_norm`.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class AllReduceRMSNorm(nn.Module):
         weight = torch.full((width,), 1.0 - weight_bias, dtype=dtype, device=comm.device)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> NormOutput:
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, top_k: int | None = None) -> NormOutput:
         return self.comm.all_reduce_rms_norm(
             x,
             self.weight,
@@ -149,4 +149,5 @@ class AllReduceRMSNorm(nn.Module):
             quant=self.quant,
             keep_norm=self.keep_norm,
             residual_layout=self.residual_layout,
+            top_k=top_k,
         )
