@@ -229,6 +229,28 @@ def test_a_rank_whose_peers_do_not_come_is_a_timeout():
     assert not torch.distributed.is_initialized()
 
 
+def test_nothing_listens_any_more_when_ranks_have_ended():
+    with Ranks(1) as ranks:
+        port = ranks._store.port
+    with socket.socket() as again, pytest.raises(ConnectionRefusedError):
+        again.connect(("127.0.0.1", port))
+
+
+def test_a_start_that_is_cut_short_leaves_no_rank_behind(monkeypatch):
+    started, start = [], launch.BaseProcess.start
+
+    def first_only(process):
+        if started:
+            raise KeyboardInterrupt
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(launch.BaseProcess, "start", first_only)
+    with pytest.raises(KeyboardInterrupt):
+        Ranks(3)
+    assert not started[0].is_alive()
+
+
 def test_ranks_meet_where_nobody_else_listens():
     """Many at once, none of which knows of the others' ports."""
     with ExitStack() as stack:

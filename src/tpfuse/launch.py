@@ -82,24 +82,27 @@ class Ranks:
     """W running ranks. `run(job, *args)` runs a job on all of them and returns their results in rank order."""
 
     def __init__(self, world: int, device_type: str = "cpu", *, timeout: float = 120.0) -> None:
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
         self.world, self.timeout = world, timeout
         context = mp.get_context("spawn")
-        # Ranks meet here, at a port of the system's choice: one that rank 0 opens later may be taken by then.
-        self._store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
-        with _interrupts_wait():
-            for rank in range(world):
-                ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_serve, args=(theirs, rank, world, device_type, self._store.port, timeout), daemon=True
-                )
-                process.start()
-                theirs.close()
-                self._pipes.append(ours)
-                self._processes.append(process)
+        self._store: Any = None
+        try:
+            with _interrupts_wait():  # which threads that are started in here inherit, too
+                # Ranks meet here, at a port of the system's choice: one that rank 0 opens later may be taken by then.
+                self._store = _meeting_place(timeout)
+                for rank in range(world):
+                    ours, theirs = context.Pipe()
+                    process = context.Process(
+                        target=_serve, args=(theirs, rank, world, device_type, self._store.port, timeout), daemon=True
+                    )
+                    process.start()
+                    theirs.close()
+                    self._pipes.append(ours)
+                    self._processes.append(process)
+        except BaseException:
+            self.close(0.0)
+            raise
 
     def run(self, job: Callable[..., Any], *args: Any, progress: Progress | None = None) -> list[Any]:
         """Raises the first failure: a rank's own TpfuseError, or RankFailed."""
@@ -164,6 +167,7 @@ class Ranks:
             if process.is_alive():
                 process.kill()
                 process.join()
+        self._store = None
 
     def __enter__(self) -> Ranks:
         return self
@@ -188,6 +192,18 @@ def run_ranks(
             leave_group()
     with Ranks(world, device_type) as ranks:
         return ranks.run(job, *args, progress=progress)
+
+
+def _meeting_place(timeout: float) -> Any:
+    """The store of ranks on this machine. Raises Unsupported where there is no loopback interface."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    limit = timedelta(seconds=timeout)
+    try:
+        return TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=limit)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Unsupported(f"ranks can't meet at {LOOPBACK}: {reason}. They need the loopback interface.") from error
 
 
 def join_group(rank: int, world: int, device_type: str, port: int | None, timeout: float, local: int) -> None:

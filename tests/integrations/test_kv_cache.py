@@ -11,9 +11,10 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'tpfuse[transformers]'")
 
 from torch import Tensor
+from torch.nn.attention.bias import CausalVariant
 from ulps import spacing
 
-from tpfuse.integrations.transformers.kv_cache import Indexer, KVCache, _causal_from_the_end
+from tpfuse.integrations.transformers.kv_cache import Causal, Indexer, KVCache, _causal_from_the_end
 
 SLOTS, LENGTH, KV_HEADS, DIM, SCALE = 4, 40, 2, 8, 0.4
 INDEXER = Indexer(size=4, blocks=3, local=1, dim=4)
@@ -150,10 +151,19 @@ def test_places_that_nobody_wrote_are_not_read_without_a_mask(name):
 
 
 def test_what_waits_for_kernels_that_are_known():
-    """fp32 has no flash attention on GPUs, so a mask is faster there than what causal_lower_right falls back to."""
+    """fp32 has no flash attention on GPUs, so a mask is faster there than what a CausalBias falls back to."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [_causal_from_the_end(dtype, gpu) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == [
         torch.version.hip is None, torch.version.hip is None, False,
     ]  # fmt: skip
     assert _causal_from_the_end(torch.float32, cpu)
     assert not _causal_from_the_end(torch.bfloat16, torch.device("xpu"))
+
+
+def test_what_stands_for_a_mask_takes_no_memory():
+    causal = Causal(CausalVariant.LOWER_RIGHT, 1 << 20, 1 << 20)
+    assert causal.untyped_storage().nbytes() == 0
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+    found = torch.nn.functional.scaled_dot_product_attention(q, k, k, Causal(CausalVariant.LOWER_RIGHT, 3, 5))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, k, torch.ones(3, 5, dtype=torch.bool).tril(2))
+    torch.testing.assert_close(found, wanted)

@@ -8,7 +8,6 @@ operator behind which attention stands, `ahead` replays before torch has checked
 
 from __future__ import annotations
 
-from tpfuse.graphs.ahead import Ahead
 from tpfuse.graphs.boundary import Attention, attention, dense, sparse
 from tpfuse.graphs.capture import CudaGraphs
 from tpfuse.graphs.piecewise import Cleared, Estimate, Piecewise
@@ -16,7 +15,6 @@ from tpfuse.graphs.report import GraphReport
 from tpfuse.graphs.runner import CaptureFailed, StaleGraph
 
 __all__ = [
-    "Ahead",
     "Attention",
     "CaptureFailed",
     "Cleared",

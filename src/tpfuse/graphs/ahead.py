@@ -9,6 +9,9 @@ it runs as if nothing had happened, and what was replayed is thrown away.
 Design record
 - Nothing is skipped: no guard, no comparison of addresses, which comes before the replay. Leaving guards out
   (guard_filter_fn, skip_guard_eval_unsafe) saves as much, and serves a changed model by old code without an error.
+- Between the call and the runner there must be nothing but torch's checks: inputs are compared by identity, and what
+  Python or another graph writes to them there would be missed. So only for functions of tensors that are one graph
+  (fullgraph=True), and not offered to users, whose functions may be anything.
 - What was thrown away has run, so what the split operators do must be the same when it is done twice. That is why this
   is not in every runner. Graphs that write to their inputs are left alone.
 - Only what two calls in a row had in common is taken for the next one's: a tensor that is new each time is not guessed.
@@ -65,7 +68,8 @@ class Call:
 
 
 class Ahead:
-    """A function that was compiled with `Piecewise`, of tensors; called as it is, one call at a time.
+    """A function of tensors that was compiled with `Piecewise` and fullgraph=True, for calls without gradients. Called
+    as it is, one call at a time.
 
     What its split operators do must be the same when it is done twice.
     """

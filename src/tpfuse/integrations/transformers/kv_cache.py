@@ -11,7 +11,7 @@ Design record
   group are a slice.
 - Requests of a group with as many keys as each other need no mask: keys are cut to their number, and attention is
   causal from the end. That is one request alone, such as a prefill chunk, and decodes that began together.
-  causal_lower_right goes to flash attention by itself, behind the first chunk of a prompt. So do decodes, which hide
+  A CausalBias goes to flash attention by itself, behind the first chunk of a prompt. So do decodes, which hide
   nothing: without a mask torch 2.13 may prefer cuDNN on H100 and H200, which builds a plan for each number of keys that
   it has not seen, so at every token. fp32 on GPUs, which flash attention has not, keeps masks, and so do AMD's GPUs,
   where nobody has checked from which end attention is causal.
@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 
 from tpfuse.errors import InvalidArgument
@@ -82,6 +82,13 @@ class Masks:
         """The blocks that an indexer always chooses: `[requests, 1, new, local]`."""
         nearest = torch.arange(self.nearest, device=self.positions.device)
         return (self.positions // self.block - nearest).clamp(min=0)
+
+
+class Causal(CausalBias):
+    """Without memory for a mask that is never made: torch's own takes 8 bytes of the host's for each query and key."""
+
+    def __new__(cls, *_: Any) -> Causal:
+        return torch.Tensor.__new__(cls)
 
 
 @dataclass(frozen=True)
@@ -248,7 +255,7 @@ class KVCache:
         slots: slice | Tensor = slice(first, first + len(members))
         if members != list(range(first, first + len(members))):
             slots = self._moved(torch.tensor(members, pin_memory=self._pinned))
-        causal = causal_lower_right(new, keys) if self._causal and len(cached) == 1 else None
+        causal = Causal(CausalVariant.LOWER_RIGHT, new, keys) if self._causal and len(cached) == 1 else None
         whole = -(-keys // self._block) * self._block
         local = self._sparse.local if self._sparse else 0
         masks = Masks(positions.view(len(members), 1, new, 1), whole, self._block, local, self._share, self._dtype)
@@ -260,7 +267,7 @@ class KVCache:
 
 
 def _causal_from_the_end(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether causal_lower_right is as fast there as a mask, and known to be right."""
+    """Whether attention that is causal from the end is as fast there as a mask, and known to be right."""
     half = dtype in (torch.float16, torch.bfloat16)
     return device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None and half)
 

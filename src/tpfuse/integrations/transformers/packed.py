@@ -30,7 +30,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import embedding, linear
 
 from tpfuse.errors import InvalidArgument, Unsupported
-from tpfuse.graphs import Ahead, Attention, Cleared, GraphReport, Piecewise, attention
+from tpfuse.graphs import Attention, Cleared, GraphReport, Piecewise, attention
+from tpfuse.graphs.ahead import Ahead
 from tpfuse.graphs.piecewise import any_size
 from tpfuse.integrations.transformers.architecture import heads_of
 from tpfuse.integrations.transformers.architectures import ARCHITECTURES
