@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import time
+from subprocess import PIPE, Popen
+from threading import Timer
+
 import failing
 import pytest
 import torch.distributed as dist
 from failing import QUICK
 
-from tpfuse import Communicator, __version__
+from tpfuse import Communicator, __version__, agreement
 from tpfuse.errors import InvalidArgument, PeerTimeout, RankMismatch, TpfuseError, Unsupported
 
 
@@ -102,6 +108,60 @@ def test_a_rank_that_comes_after_the_timeout_does_not_get_a_communicator(on_rank
     early, late = on_ranks(2, failing.construct_late, 1, 2.5 * QUICK, QUICK)
     assert early.error == "PeerTimeout"
     assert late.error == "PeerTimeout"
+
+
+# The store that the ranks meet in is itself in a process, which can end or stop
+
+
+class Ranks3:
+    """Stands for a process group of three, of which this is rank 0."""
+
+    rank = staticmethod(lambda: 0)
+    size = staticmethod(lambda: 3)
+
+
+SERVES = """
+import time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A board of rank 0 of 3, and the process that its store is in."""
+    with Popen([sys.executable, "-c", SERVES], stdout=PIPE, text=True) as serving:
+        store = dist.TCPStore("127.0.0.1", int(serving.stdout.readline()), is_master=False)
+        monkeypatch.setattr(agreement, "_get_process_group_store", lambda group: store)
+        monkeypatch.setattr(agreement, "ANSWER", 0.5)
+        yield agreement.Board(Ranks3, "test"), serving
+        serving.kill()
+
+
+def test_while_the_store_lives_the_ranks_that_are_not_there_are_missing(elsewhere):
+    board, _ = elsewhere
+    board.pin("here", {"call": "all_reduce"})
+    assert board.read("here", 0.3) == {0: {"call": "all_reduce"}}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["ended", "stopped"])
+def test_a_store_that_is_lost_puts_the_blame_on_no_rank_and_is_waited_for_in_bounded_time(elsewhere, how):
+    board, serving = elsewhere
+    Timer(0.3, serving.send_signal, [how]).start()
+    started = time.monotonic()
+    told = str(agreement.diagnose(board, 2, "all_reduce(3 rows x 8)", "connection reset", 1.0))
+    assert time.monotonic() - started < 3
+    assert "so did the store that could say which rank is missing" in told
+    assert "did not arrive" not in told
+
+
+def test_constructing_says_that_the_store_is_lost(elsewhere):
+    board, serving = elsewhere
+    serving.kill()
+    with pytest.raises(PeerTimeout, match="the store that the ranks of the group meet in .* is gone"):
+        agreement.agree(board, {"mode": "fused"}, 0.5)
 
 
 # One process alone

@@ -10,19 +10,29 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import timedelta
+from threading import Thread
+from typing import TypeVar
 
-from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
+from torch.distributed import DistError, DistNetworkError, ProcessGroup, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_process_group_store
 
 from tpfuse.errors import PeerTimeout, RankMismatch, TpfuseError
 
 GRACE = 5.0  # seconds that a failing rank waits for its peers to say where they are
+ANSWER = 10.0  # seconds in which the store answers what it does not have to wait for
+
+Answer = TypeVar("Answer")
 
 
 class Board:
-    """A place in the group's store where each rank can pin a message and read the others'."""
+    """A place in the group's store where each rank can pin a message and read the others'.
+
+    Raises PeerTimeout where the store is gone or does not answer.
+    """
 
     def __init__(self, group: ProcessGroup, name: str) -> None:
         self.rank, self.world = group.rank(), group.size()
@@ -30,10 +40,13 @@ class Board:
         self._prefix = f"tpfuse/{name}"
 
     def pin(self, topic: str, message: Mapping[str, object]) -> None:
-        self._store.set(f"{self._prefix}/{topic}/{self.rank}", json.dumps(message))
+        _answer(lambda: self._store.set(f"{self._prefix}/{topic}/{self.rank}", json.dumps(message)), ANSWER)
 
     def read(self, topic: str, seconds: float) -> dict[int, dict[str, object]]:
         """The messages of all ranks that pinned one within `seconds`; the others are missing."""
+        return _answer(lambda: self._read(topic, seconds), seconds + ANSWER)
+
+    def _read(self, topic: str, seconds: float) -> dict[int, dict[str, object]]:
         deadline = time.monotonic() + seconds
         found: dict[int, dict[str, object]] = {}
         for rank in range(self.world):
@@ -42,9 +55,31 @@ class Board:
             try:
                 self._store.wait([key], timedelta(seconds=left))
                 found[rank] = json.loads(self._store.get(key))
-            except RuntimeError:  # not there in time, or the store's host is gone: the rank counts as missing
+            except DistNetworkError:  # the store is gone, which says nothing of this rank
+                raise
+            except RuntimeError:  # not there in time
                 continue
         return found
+
+
+def _answer(question: Callable[[], Answer], seconds: float) -> Answer:
+    """What the store says, asked on a thread: torch waits without a limit for a store whose process is stopped."""
+    answer: Future[Answer] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    store = "the store that the ranks of the group meet in (in one rank's process, mostly rank 0's: look at its log)"
+    Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except FutureTimeout:
+        raise PeerTimeout(f"Communicator: {store} did not answer within {seconds:g} s.") from None
+    except DistError as error:
+        raise PeerTimeout(f"Communicator: {store} is gone: {error}") from error
 
 
 def agree(
@@ -86,7 +121,7 @@ def diagnose(board: Board, number: int, call: str, cause: str, timeout: float) -
     try:
         board.pin(f"failed/{number}", {"call": call})
         others = board.read(f"failed/{number}", min(GRACE, timeout))
-    except RuntimeError:  # the store's host is gone
+    except PeerTimeout:
         pass
     here = f"call #{number}, {call} on rank {board.rank}"
     if board.rank not in others:
