@@ -160,7 +160,7 @@ def test_a_store_that_is_lost_puts_the_blame_on_no_rank_and_is_waited_for_in_bou
 def test_constructing_says_that_the_store_is_lost(elsewhere):
     board, serving = elsewhere
     serving.kill()
-    with pytest.raises(PeerTimeout, match="the store that the ranks of the group meet in .* is gone"):
+    with pytest.raises(PeerTimeout, match=r"the store that the ranks of the group meet in .* is gone"):
         agreement.agree(board, {"mode": "fused"}, 0.5)
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from vllm_stand_ins import WIDTH, all_reduce, count, ops, traced
 
 from tpfuse import Communicator
-from tpfuse.errors import Unsupported
+from tpfuse.errors import CommunicatorClosed, Unsupported
 from tpfuse.integrations.serving import state
 from tpfuse.integrations.vllm import experts, graph, passes
 from tpfuse.integrations.vllm.graph import fuse
@@ -123,10 +123,8 @@ class WithTerms(Communicator):
 
 @pytest.fixture
 def serving(alone):
-    with WithTerms(alone.group, timeout=5.0) as comm:
-        state.current = stand_ins.engaged(comm)
-        yield state.current
-        state.current = None
+    with WithTerms(alone.group, timeout=5.0) as comm, stand_ins.serving(comm) as engaged:
+        yield engaged
 
 
 @pytest.fixture
@@ -219,6 +217,16 @@ def test_experts_go_in_and_the_results_are_the_same(form, view, vllm, serving):
         torch.testing.assert_close(y, reference, rtol=2**-7, atol=2**-7)
     assert (vllm.sums, vllm.copies, serving.comm.seen) == (0, 0, [TOP_K])
     assert "1 of 1 all-reduce + norms fused, 1 of 1 with their sum over experts" in serving.summary("left")
+
+
+def test_a_graph_that_outlives_its_worker_says_so(vllm, serving):
+    inputs = given()
+    module = traced(boundary("v1"), *inputs)
+    fused(module)
+    module.recompile()
+    state.current = None
+    with pytest.raises(CommunicatorClosed, match="runs in a process where it stays out"):
+        module(*inputs)
 
 
 @pytest.mark.parametrize("form", ["v1", "v2"])

@@ -22,19 +22,15 @@ B16 = torch.bfloat16
 
 @pytest.fixture
 def serving(alone):
-    """The Communicator of a group of one in the place of a worker's."""
-    state.current = stand_ins.engaged(alone)
-    yield state.current
-    state.current = None
+    with stand_ins.serving(alone) as engaged:
+        yield engaged
 
 
 @pytest.fixture
 def wide(alone):
     """The same, for rows that have whole groups of 128."""
-    with Communicator(alone.group, timeout=5.0) as comm:
-        state.current = stand_ins.engaged(comm)
-        yield state.current
-        state.current = None
+    with Communicator(alone.group, timeout=5.0) as comm, stand_ins.serving(comm) as engaged:
+        yield engaged
 
 
 def rows(*shape, dtype=B16):

@@ -23,9 +23,8 @@ VLLM_COMPILE = SimpleNamespace(name="VLLM_COMPILE")
 
 @pytest.fixture
 def serving(alone):
-    state.current = stand_ins.engaged(alone)
-    yield state.current
-    state.current = None
+    with stand_ins.serving(alone) as engaged:
+        yield engaged
 
 
 @pytest.fixture

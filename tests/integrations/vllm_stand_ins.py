@@ -4,7 +4,8 @@ Written for these tests; vLLM itself is in test_vllm_itself.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -86,6 +87,16 @@ def engaged(comm: Communicator | None, effective: str = "fused") -> state.Engage
     return state.Engaged("vLLM", "fused", effective, "", group, comm)
 
 
+@contextmanager
+def serving(comm: Communicator) -> Iterator[state.Engaged]:
+    """`comm` in the place of a worker's."""
+    state.current = engaged(comm)
+    try:
+        yield state.current
+    finally:
+        state.current = None
+
+
 def model(first: Tensor, gammas: Tensor, gemma: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The boundaries of two layers of a model of vLLM: no residual yet, plain, behind a view, Gemma's, last."""
     residual = all_reduce(first)
@@ -117,12 +128,9 @@ def run_model(rank: Rank, dtype: torch.dtype) -> dict[str, object]:
     module = traced(model, *given)
     expected = module(*given)
     with Communicator() as comm:
-        state.current = engaged(comm)
-        try:
+        with serving(comm):
             fused = fuse(module.graph, TARGETS).fused
             module.recompile()
             found = module(*given)
-        finally:
-            state.current = None
         calls = {c.route.op: c.calls for c in comm.report().counters}
     return {"expected": expected, "found": found, "fused": fused, "calls": calls}

@@ -33,8 +33,8 @@ from tpfuse.backends.cuda import all_reduce
 from tpfuse.communicator import boundary_outputs
 from tpfuse.errors import Unsupported
 from tpfuse.integrations.serving import state
-from tpfuse.integrations.vllm import operators  # noqa: F401  operators: registers torch.ops.tpfuse_vllm
 from tpfuse.integrations.vllm.graph import Experts
+from tpfuse.integrations.vllm.operators import boundary
 from tpfuse.integrations.vllm.plugin import replace
 from tpfuse.quant import FORMATS
 from tpfuse.reference import NormOutput
@@ -160,18 +160,8 @@ def moe_forward_all_reduce_rms_norm(
         )
         return y
 
-    comm = state.communicator(state.BOUNDARY, weight)
     x, top_k = terms_of(layer, layer_name, hidden_states, weight)
-    y = comm.all_reduce_rms_norm(
-        x,
-        weight,
-        residual=residual,
-        eps=eps,
-        weight_bias=weight_bias,
-        quant=FORMATS[quant](given) if quant else None,
-        keep_norm=keep_norm,
-        top_k=top_k,
-    )
+    y = boundary(x, residual, weight, given, eps, weight_bias, quant, keep_norm, top_k)
     return _all(y, given, hidden_states)
 
 
@@ -199,7 +189,8 @@ def terms_of(run: Callable[[], Tensor], layer_name: Any, hidden: Tensor, gamma: 
     """What the experts of a layer have to give to the all-reduce: their terms `[T, top_k, H]` and top_k, or, as before,
     their sum `[T, H]` and None. gamma: what the site is told by, as everywhere."""
     engaged = state.current
-    assert engaged is not None
+    if engaged is None:  # closed: the all-reduce will say so
+        return run(), None
     reason = why_not(layer_name)
     if reason:
         engaged.leave(state.EXPERTS, gamma, reason)

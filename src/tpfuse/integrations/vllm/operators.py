@@ -34,17 +34,32 @@ def all_reduce_rms_norm_quant(
     quant: str,
     keep_norm: bool,
 ) -> list[Tensor]:
-    """What there is of norm, residual, quant and scale, without a scale that is given. quant: a key of FORMATS."""
-    y = communicator(BOUNDARY, weight).all_reduce_rms_norm(
+    """What there is of norm, residual, quant and scale, without a scale that is given."""
+    return _there(boundary(x, residual, weight, given, eps, weight_bias, quant, keep_norm), given)
+
+
+def boundary(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    given: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    quant: str,
+    keep_norm: bool,
+    top_k: int | None = None,
+) -> NormOutput:
+    """A boundary between layers. quant: a key of FORMATS, for a format with that scale if one is given, or empty."""
+    return communicator(BOUNDARY, weight).all_reduce_rms_norm(
         x,
         weight,
         residual=residual,
         eps=eps,
         weight_bias=weight_bias,
-        quant=FORMATS[quant](given),
+        quant=FORMATS[quant](given) if quant else None,
         keep_norm=keep_norm,
+        top_k=top_k,
     )
-    return _there(y, given)
 
 
 def qk_norm_rope(
