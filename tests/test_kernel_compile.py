@@ -19,7 +19,7 @@ from tpfuse.backends.cuda import compile as machine
 from tpfuse.backends.cuda.compile import ARCHS, KERNELS, compile_kernel, resources
 from tpfuse.backends.cuda.sharded_norm import Variant, choose, source, variants
 
-PART = 17  # one variant in so many, for each architecture
+PART = 34  # one variant in so many, for each architecture
 USUAL = [
     choose(rows, widths, torch.bfloat16, world, True, turn, rotary_dim=64)
     for rows in (1, 100_000)

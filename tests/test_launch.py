@@ -254,7 +254,7 @@ def test_a_start_that_is_cut_short_leaves_no_rank_behind(monkeypatch):
 def test_ranks_meet_where_nobody_else_listens():
     """Many at once, none of which knows of the others' ports."""
     with ExitStack() as stack:
-        started = [stack.enter_context(Ranks(2)) for _ in range(4)]
-        assert len({ranks._store.port for ranks in started}) == 4
+        started = [stack.enter_context(Ranks(2)) for _ in range(3)]
+        assert len({ranks._store.port for ranks in started}) == 3
         for ranks in started:
             assert [answer[0] for answer in ranks.run(failing.identity, "argument")] == [0, 1]
