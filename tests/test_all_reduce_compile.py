@@ -31,8 +31,8 @@ def spills_allowed(variant: Variant, arch: str) -> int:
     """Bytes, where fewer rows in flight would cost more than a few words of local memory."""
     if variant.dtype.itemsize * variant.world > 16 and variant.vectors > 2:
         return 288  # fp32 of many ranks in rows of more than 8192: a block of 512 threads has no more registers to give
-    if variant.dtype == torch.float32 and variant.quant == "nvfp4":
-        return 96  # two ranks' rows of 3072 to 6144 and a scale for each 16 elements: 48 bytes on sm_90a
+    if variant.dtype == torch.float32 and variant.quant in ("mxfp8", "nvfp4"):
+        return 96  # a scale for each 32 or 16 elements: 16 and 48 bytes on sm_90a in whole rows of two ranks
     if variant.terms > 1:
         return 208 if arch == "sm_80" else 48  # what is kept around the loop over terms; a block fewer is 10% slower
     if arch == "sm_80" and torch.float32 in (variant.dtype, variant.residual, variant.gamma):

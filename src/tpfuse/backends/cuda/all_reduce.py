@@ -108,8 +108,8 @@ class Variant:
     def resident(self) -> int:
         """Blocks on a multiprocessor that the registers are shared between.
 
-        Rows in flight decide the speed of many rows, so there are as many as compile without spills
-        (tests/test_all_reduce_compile.py): an owner holds the vectors of all ranks.
+        Rows in flight decide the speed of many rows, so there are as many as compile without spills,
+        or with few (tests/test_all_reduce_compile.py says which): an owner holds the vectors of all ranks.
         """
         held = self.dtype.itemsize * self.world
         if self.vectors > 2 or held > 16 or (held > 8 and self.parts > 1):
