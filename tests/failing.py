@@ -21,6 +21,7 @@ from tpfuse.launch import Rank
 
 Settings = dict[str, Any]
 QUICK = 1.0  # the timeout where it has to pass
+LATE = 5.0  # seconds that a busy machine may add
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from threading import Timer
 import failing
 import pytest
 import torch.distributed as dist
-from failing import QUICK
+from failing import LATE, QUICK
 
 from tpfuse import Communicator, __version__, agreement
 from tpfuse.errors import InvalidArgument, PeerTimeout, RankMismatch, TpfuseError, Unsupported
@@ -33,7 +33,7 @@ def test_a_setting_that_differs_is_named_with_its_rank_on_every_rank(on_ranks, f
         assert seen.error == "RankMismatch"
         assert f"rank {odd} has {field}={other!r}, rank 0 has {usual!r}" in seen.message
         assert f"rank {3 - odd} has {field}" not in seen.message
-        assert seen.seconds < 5
+        assert seen.seconds < LATE
 
 
 def test_if_rank_0_is_the_odd_one_every_other_rank_is_named(on_ranks):
@@ -64,7 +64,7 @@ def test_a_rank_that_never_comes_is_named_within_the_timeout(on_ranks, absent):
         if rank != absent:
             assert seen.error == "PeerTimeout"
             assert f"rank {absent} of 3 did not construct a Communicator on this group within 1 s" in seen.message
-            assert QUICK * 0.9 < seen.seconds < QUICK + 2
+            assert QUICK * 0.9 < seen.seconds < QUICK + LATE
 
 
 def test_all_ranks_that_never_come_are_named(on_ranks):
@@ -95,7 +95,7 @@ def test_a_rank_that_fails_while_constructing_tells_the_others_why(on_ranks, set
         assert seen.error == "TpfuseError"
         assert "rank 0 could not start" in seen.message
         assert failed.message in seen.message
-        assert seen.seconds < 5
+        assert seen.seconds < LATE
 
 
 def test_a_group_can_be_used_after_a_failure_that_all_ranks_saw(on_ranks):
@@ -152,7 +152,7 @@ def test_a_store_that_is_lost_puts_the_blame_on_no_rank_and_is_waited_for_in_bou
     Timer(0.3, serving.send_signal, [how]).start()
     started = time.monotonic()
     told = str(agreement.diagnose(board, 2, "all_reduce(3 rows x 8)", "connection reset", 1.0))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 1 + 2 * 0.5 + LATE
     assert "so did the store that could say which rank is missing" in told
     assert "did not arrive" not in told
 

@@ -12,7 +12,7 @@ import failing
 import jobs
 import pytest
 import torch
-from failing import QUICK
+from failing import LATE, QUICK
 from jobs import Case
 
 from tpfuse import Communicator
@@ -44,7 +44,7 @@ def test_a_call_that_differs_is_named_with_its_rank_on_every_rank(on_ranks, fiel
         assert f"rank 2 has {shown}" in seen.message
         assert "call #1, qk_rms_norm(5 rows x 48+16, bfloat16) on rank 0" in seen.message
         assert "rank 1 has" not in seen.message
-        assert seen.seconds < 5
+        assert seen.seconds < LATE
 
 
 def test_a_residual_that_only_some_ranks_have_is_named(on_ranks):
@@ -74,7 +74,7 @@ def test_a_rank_that_does_not_join_a_call_is_named_in_bounded_time(on_ranks, op,
             assert seen.error == "PeerTimeout"
             assert f"call #1, {op}(5 rows x 48" in seen.message
             assert f"on rank {rank}: rank {absent} did not arrive within 1 s" in seen.message
-            assert QUICK * 0.9 < seen.seconds < 2 * QUICK + 2  # the timeout, and as long to hear from the others
+            assert QUICK * 0.9 < seen.seconds < 2 * QUICK + LATE  # the timeout, and as long to hear from the others
 
 
 @pytest.mark.parametrize("odd", [0, 1])
@@ -85,8 +85,8 @@ def test_a_rank_that_does_not_prepare_in_time_is_named_in_bounded_time(on_ranks,
     assert f"rank {odd} of 2 did not call prepare(), or make a call that torch.distributed serves, within 1 s" in (
         first.message
     )
-    assert QUICK * 0.9 < first.seconds < QUICK + 2
-    assert second.seconds < 0.1
+    assert QUICK * 0.9 < first.seconds < QUICK + LATE
+    assert second.seconds < 0.5
 
 
 def test_a_rank_that_prepares_too_late_does_not_go_on_alone(on_ranks):
@@ -108,7 +108,7 @@ def test_after_a_timeout_the_communicator_fails_at_once_with_the_same_error(on_r
     first, second = on_ranks(2, failing.calls_again, [case, None], case, QUICK)[0]
     assert first.error == second.error == "PeerTimeout"
     assert first.message == second.message
-    assert second.seconds < 0.1
+    assert second.seconds < 0.5
 
 
 @pytest.mark.parametrize("dying", [2, 0])
