@@ -23,6 +23,7 @@ from tpfuse.launch import Ranks
 pytest_plugins = ("pytester",)
 
 OnRanks = Callable[..., list[Any]]
+Refused = Callable[..., str]
 
 
 class Pools:
@@ -65,7 +66,7 @@ def alone() -> Iterator[Communicator]:
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
     """What the command line says to arguments that it refuses: one line and exit code 2. In this process, which saves
     the seconds that a new one needs for its imports; test_cli.py has new ones."""
 

@@ -11,13 +11,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import commands
 import pytest
 from commands import python
+from conftest import Refused
 
 import tpfuse
 from tpfuse import presets
@@ -149,7 +149,7 @@ def test_info_as_json() -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_bad_input_is_one_line(arguments: tuple[str, ...], says: str, refused: Callable[..., str]) -> None:
+def test_bad_input_is_one_line(arguments: tuple[str, ...], says: str, refused: Refused) -> None:
     assert says in refused(*arguments)
 
 

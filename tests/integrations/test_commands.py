@@ -110,7 +110,7 @@ def test_bench_model_in_pieces(tmp_path):
 
 
 def test_bench_model_with_compiled_steps(tmp_path):
-    preset, workload = "tiny-minimax-m3", ("--layers", 2, "--concurrency", "2", "--in", 16, "--out", 4)
+    preset, workload = "tiny-llama", ("--layers", 1, "--concurrency", "2", "--in", 16, "--out", 4)
     arguments = ("--modes", "control", "--compiler", "inductor", "--results", tmp_path)
     done = tpfuse("bench", "model", "--preset", preset, "--tp", 2, *workload, *arguments)
     assert done.returncode == 0, done.stderr
