@@ -45,8 +45,7 @@ bench: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-gpu-# A file at a time, in the order of their names: sorted by their numbers of tests, the longest file would come last.
-test: $(STAMP)
+gpu-test: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
 vllm-test: $(VLLM_STAMP)
