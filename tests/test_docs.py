@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +61,25 @@ def test_files_that_are_named_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for name in re.findall(r"`((?:src|tests|docs|examples)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
+
+
+@pages
+def test_lines_of_prose_are_no_longer_than_those_of_code(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "    "))] == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", re.findall(r"make ([\w-]+)  ", read("Makefile")))
+def test_the_makefile_knows_what_its_help_names(target: str) -> None:
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["test_sharded_norm", "test_all_reduce"])
+def test_every_mutation_is_told(name: str) -> None:
+    told = set(re.findall(r"`(\w+)`", read("docs/emulator.md")))
+    assert set(importlib.import_module(f"simt.{name}").MUTATIONS) - told == set()
 
 
 def test_files_of_the_structure_page_exist() -> None:

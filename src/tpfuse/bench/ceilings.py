@@ -24,8 +24,8 @@ from tpfuse.bench.machine import device_name
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 GATHER_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 REPEATS = 7
-# The most that kernels have pushed to all peers at once, in bytes a µs: on 4x H200 (NVLink, no multicast), bulk copies
-# from shared memory in chunks of 16 KB. 16-byte stores reach 348 GB/s.
+# The most that kernels push to all peers at once, in bytes a µs, on 4x H200 (NVLink, no multicast): a figure from
+# outside. Kernels here have reached 348 GB/s (benchmarks/results/all-reduce-experiments-h200x4.txt, table 7).
 LINKS = {"NVIDIA H200": 353e3}
 
 

@@ -71,9 +71,8 @@ class Thresholds:
         return tuple(sorted({1, *bounds, *(bound + 1 for bound in bounds)} - {0}))
 
 
-# By number of ranks. Those of 2 and 4 follow from measurements on H200 (benchmarks/results/tune-h200x*.txt): the
-# geometric means over widths 3072, 4096 and 6144 in bf16 crossed at 16 rows of 4 ranks, beyond 192 rows of 2. The
-# others are scaled from those of 4 by bytes.
+# By number of ranks. Those of 2 and 4 follow from measurements on H200 (benchmarks/results/tune-h200x*.txt); the others
+# are scaled from those of 4 by bytes.
 DEFAULTS: Mapping[int, Thresholds] = {
     2: Thresholds(1536, 96),
     3: Thresholds(192, 128),
