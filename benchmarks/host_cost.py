@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +35,7 @@ from tpfuse.bench.cases import Case, Inputs, cases_of, make_inputs, rope_of
 from tpfuse.bench.machine import describe
 from tpfuse.bench.method import gathered
 from tpfuse.bench.records import short_gpu
-from tpfuse.launch import Rank, default_device, resolve_world, run_ranks
+from tpfuse.launch import Rank, default_device, resolve_world, run_ranks, speaks
 from tpfuse.presets import find_preset
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,25 +53,12 @@ Calls = dict[tuple[str, str], Callable[[], object]]  # by operation and way of c
 
 
 class Nothing:
-    """Takes the place of a communicator's backend."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.x = x
+    """Takes the place of a communicator's backend, and does nothing."""
 
     def begin(self, *_: object) -> None:
         pass
 
-    def qk_rms_norm(self, *_: object) -> None:
-        pass
-
-    def all_reduce(self, *_: object) -> torch.Tensor:
-        return self.x
-
-    def all_reduce_rms_norm(self, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.x, self.x
-
-    def close(self) -> None:
-        pass
+    qk_rms_norm = all_reduce = all_reduce_rms_norm = close = begin
 
 
 def calls_of(comm: Communicator, case: Case, i: Inputs) -> Calls:
@@ -143,14 +129,15 @@ def job(rank: Rank, tokens: int, calls: int, repeats: int) -> list[dict[str, Any
     cases = cases_of(find_preset("minimax-m2"), rank.world, [tokens])
     inputs = [make_inputs(case, rank.rank, 0, device) for case in cases]
     with torch.no_grad():
-        for entry in floor(inputs[-1]["x"]):
+        sums = next(i["x"] for case, i in zip(cases, inputs, strict=True) if case.op == "all_reduce")
+        for entry in floor(sums):
             record(*entry)
         for backend in ("nothing", "collective", "auto"):
             with Communicator(device=device, backend="collective" if backend == "nothing" else backend) as comm:
                 comm.prepare()
                 if backend == "nothing":
                     comm._collective.close()
-                    comm._collective = Nothing(inputs[-1]["x"])  # type: ignore[assignment]
+                    comm._collective = Nothing()  # type: ignore[assignment]
                 for case, i in zip(cases, inputs, strict=True):
                     served = comm.plan.of(case.called)[0].backend
                     if backend == "auto" and served == "collective":  # measured before
@@ -172,7 +159,7 @@ def main() -> None:
     world = resolve_world(chosen.world, chosen.device)
     work = (chosen.tokens, chosen.calls, chosen.repeats)
     records = run_ranks(job, *work, world=world, device_type=chosen.device)[0]
-    if os.environ.get("RANK", "0") != "0":  # under torchrun
+    if not speaks():
         return
     path = chosen.json or RESULTS / f"host-cost-{short_gpu(records[0]['gpu'])}x{world}.jsonl"
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")

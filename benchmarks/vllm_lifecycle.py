@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_tokens import HERE, HOOK, WEIGHTS, execute, load_bench, options, parting, said_in
+from vllm_tokens import HERE, HOOK, WEIGHTS, execute, keep, kept, load_bench, options, parting, said_in
 
 REQUESTS, INPUT, OUTPUT = 10, 256, 64
 Answers = list[list[int]]  # the tokens of all requests
@@ -157,7 +157,11 @@ def outcome(given: argparse.Namespace, name: str) -> dict[str, Answers]:
         ranks = [{"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(given.tp)] if name == "engines" else [{}]
         execute(name, log, given.limit, ranks)
     came_out = file.exists() and RUNS[name].came_out(said_in(log))
-    return json.loads(file.read_text()) if came_out else {}
+    return kept(file, settings(given)) if came_out else {}
+
+
+def settings(given: argparse.Namespace) -> list[Any]:
+    return [WEIGHTS.name, given.layers, given.tp]
 
 
 def report(given: argparse.Namespace, name: str, done: dict[str, dict[str, Answers]]) -> Iterator[str]:
@@ -199,7 +203,7 @@ def go_through(given: argparse.Namespace, name: str, run: Run) -> None:
         answers = dict(run.job(engine))
         engine.end()
         if os.environ.get("RANK", "0") == "0":
-            Path(given.out, f"{name}.json").write_text(json.dumps(answers))
+            keep(Path(given.out, f"{name}.json"), settings(given), answers)
 
 
 if __name__ == "__main__":

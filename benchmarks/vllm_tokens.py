@@ -134,10 +134,21 @@ def done(given: argparse.Namespace, run: str) -> bool:
 
 
 def load(given: argparse.Namespace, run: str) -> Answers:
-    found: dict[str, Any] = json.loads(path_of(given, run, "json").read_text())
-    if found["settings"] != settings(given):
-        raise SystemExit(f"{path_of(given, run, 'json')} is of {found['settings']}, not {settings(given)}; delete it.")
-    return {n: [Answer(*answer) for answer in answers] for n, answers in found["answers"].items()}
+    found = kept(path_of(given, run, "json"), settings(given))
+    return {n: [Answer(*answer) for answer in answers] for n, answers in found.items()}
+
+
+def keep(path: Path, settings: list[Any], answers: Any) -> None:
+    """Write what a run has answered, beside what it was asked with."""
+    path.write_text(json.dumps({"settings": settings, "answers": answers}))
+
+
+def kept(path: Path, settings: list[Any]) -> Any:
+    """What a run has answered. Of other settings is an error."""
+    found = json.loads(path.read_text())
+    if found["settings"] != settings:
+        raise SystemExit(f"{path} is of {found['settings']}, not {settings}; delete it.")
+    return found["answers"]
 
 
 def settings(given: argparse.Namespace) -> list[Any]:
@@ -220,8 +231,7 @@ def generate(given: argparse.Namespace) -> None:
             outputs = [output.outputs[0] for output in llm.generate(prompts, greedy, use_tqdm=False)]
             answers[str(n)] = [answer_of(list(output.token_ids), output.logprobs) for output in outputs]
         llm.llm_engine.engine_core.shutdown()  # the next run needs the memory of the GPUs
-        written = json.dumps({"settings": settings(given), "answers": answers})
-        path_of(given, given.run, "json").write_text(written)
+        keep(path_of(given, given.run, "json"), settings(given), answers)
 
 
 def answer_of(tokens: list[int], log_p: list[Any]) -> Answer:

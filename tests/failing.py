@@ -140,6 +140,14 @@ def raises(rank: Rank, failing: int) -> str:
     return "fine"
 
 
+def raises_while_rank_0_goes_on(rank: Rank, seconds: float) -> None:
+    raises(rank, 1)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        rank.progress(0, 1, "still here")
+        time.sleep(0.1)
+
+
 def exits(rank: Rank, failing: int, code: int) -> None:
     if rank.rank == failing:
         os._exit(code)

@@ -205,6 +205,9 @@ def test_report_shows_modes_ratios_and_failures(records: list[Record], tmp_path:
     console = Console(width=160, file=io.StringIO())
     finish(console, records, tmp_path / "any.jsonl", None)
     assert read(tmp_path / "any.jsonl") == records
+    narrow = Console(width=40, file=io.StringIO())
+    finish(narrow, records, tmp_path / "a rather long name.jsonl", None)
+    assert f"figures: {tmp_path}/a rather long name.jsonl\n" in narrow.file.getvalue()  # type: ignore[attr-defined]
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "requested fused, effective control" in text
     assert "On a CPU only ratios" in text

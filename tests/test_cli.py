@@ -234,7 +234,8 @@ def test_an_interrupted_check_is_one_line_and_exit_code_130(tmp_path: Path) -> N
     script.write_text(WAITING, encoding="utf-8")
     command = [sys.executable, str(script), "check", "--device", "cpu", "--world", "2"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=commands.environment(), start_new_session=True, **pipes) as parent:
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # whoever started this may ignore it
+    with subprocess.Popen(command, env=commands.environment(), start_new_session=True, **heard, **pipes) as parent:
         assert [parent.stdout.readline() for _ in range(2)] == ["waiting\n"] * 2
         os.killpg(parent.pid, signal.SIGINT)
         out, said = parent.communicate(timeout=60)

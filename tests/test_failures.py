@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from multiprocessing.connection import wait
-from threading import Thread
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import failing
 import jobs
@@ -16,7 +17,9 @@ from failing import LATE, QUICK
 from jobs import Case
 
 from tpfuse import Communicator
-from tpfuse.errors import CommunicatorClosed, InvalidArgument, TpfuseError, Unsupported
+from tpfuse.backends import collective
+from tpfuse.backends.cuda.all_reduce import DEFAULTS
+from tpfuse.errors import CommunicatorClosed, InvalidArgument, RankMismatch, TpfuseError, Unsupported
 from tpfuse.launch import RankFailed, Ranks
 
 # Ranks that call differently
@@ -290,6 +293,35 @@ def test_a_closed_communicator_says_that_it_is_closed(op):
         OPS[op](comm, X)
     with pytest.raises(CommunicatorClosed):
         comm.prepare()
+
+
+def test_a_backend_is_given_back_if_there_is_no_communicator(alone, monkeypatch):
+    closed = []
+    backend = SimpleNamespace(thresholds=DEFAULTS[2], close=lambda: closed.append(True))
+    monkeypatch.setattr(Communicator, "_start_cuda", lambda self, facts: (backend, ""))
+    differs = iter([None, RankMismatch("another plan")])
+
+    def agree(*_):
+        if (error := next(differs)) is not None:
+            raise error
+
+    monkeypatch.setattr("tpfuse.communicator.agree", agree)
+    with pytest.raises(RankMismatch):
+        Communicator(alone.group)
+    assert closed == [True]
+
+
+def test_a_device_that_fails_ends_the_watch_with_its_words():
+    def query():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    failed, aborted = [], Event()
+    watch = collective.Watchdog(SimpleNamespace(abort=aborted.set), 0.1, lambda *seen: failed.append(seen))
+    work = SimpleNamespace(is_completed=lambda: False)
+    watch._calls.append(collective.InFlight(7, "a call", SimpleNamespace(query=query), work))
+    assert aborted.wait(10)
+    watch.stop()
+    assert failed == [(7, "a call", "RuntimeError: CUDA error: an illegal memory access was encountered")]
 
 
 def test_a_prepare_that_failed_is_not_tried_again(alone, monkeypatch):

@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 
 from tpfuse import launch
 from tpfuse.errors import InvalidArgument, PeerTimeout, TpfuseError, Unsupported
-from tpfuse.launch import RankFailed, Ranks, resolve_world, run_ranks
+from tpfuse.launch import RankFailed, Ranks, join_group, resolve_world, run_ranks, speaks
 
 SLEEPING = """
 import os, time
@@ -65,6 +65,16 @@ def test_progress_of_rank_0_is_told_once():
 
 
 # Failures, and what is left after them
+
+
+def test_others_that_go_on_after_a_failure_are_waited_for_once(monkeypatch):
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    with Ranks(2) as ranks:
+        ranks.run(failing.identity)
+        began = time.monotonic()
+        with pytest.raises(RankFailed, match="no such weight"):
+            ranks.run(failing.raises_while_rank_0_goes_on, 20.0)
+    assert time.monotonic() - began < 10
 
 
 def test_an_exception_comes_back_with_its_rank_and_traceback():
@@ -198,6 +208,22 @@ def test_a_world_of_torchruns_that_is_no_number_is_refused(plain, wrong):
     plain.setenv("WORLD_SIZE", wrong)
     with pytest.raises(InvalidArgument, match=f"^WORLD_SIZE='{wrong}' in the environment; needed: a whole number"):
         resolve_world(None, "cpu")
+
+
+def test_one_process_prints(plain):
+    assert speaks()
+    plain.setenv("RANK", "1")
+    assert speaks()  # without WORLD_SIZE it is not torchrun's, and there is nobody else
+    plain.setenv("WORLD_SIZE", "2")
+    assert not speaks()
+    plain.setenv("RANK", "00")
+    assert speaks()
+
+
+def test_a_rank_without_its_gpu_says_so(plain):
+    plain.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(Unsupported, match="rank 3 needs GPU 1; torch sees 1"):
+        join_group(3, 4, "cuda", None, 1.0, 1)
 
 
 def test_a_rank_of_torchruns_that_is_no_number_is_refused(plain):

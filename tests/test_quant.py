@@ -336,3 +336,14 @@ def test_alignment_of_columns_needs_columns():
 def test_a_scale_that_must_be_given_must_be_given():
     with pytest.raises(InvalidArgument, match="needs its scale"):
         FORMATS["nvfp4"](None)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_scale_of_another_shape_is_refused(name):
+    fmt = FORMATS[name](torch.ones(1))
+    got, scale = fmt.encode(torch.randn(4, 128))
+    with pytest.raises((InvalidArgument, RuntimeError)):
+        fmt.decode(got, torch.cat((scale.flatten(), scale.flatten())))
+    if name == "fp8_per_token":
+        with pytest.raises(InvalidArgument, match=r"quant \[4, 128\] and scale \[4\]; needed: the two that encode"):
+            fmt.decode(got, scale.squeeze(-1))

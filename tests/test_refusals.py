@@ -72,6 +72,30 @@ def test_settings_of_the_wrong_kind_are_refused(alone):
             alone.gather_rows(X, count)
 
 
+@pytest.mark.parametrize("out", [(X, X, X), (X,), X, (X, None)])
+def test_outputs_for_q_and_k_are_two_tensors(alone, out):
+    with pytest.raises(InvalidArgument, match=r"qk_rms_norm: out is .*; needed: a tuple of two tensors"):
+        alone.qk_rms_norm(X, X.clone(), W, W, out=out)
+
+
+def test_what_is_no_tensor_is_named(alone):
+    numpy = pytest.importorskip("numpy")
+    for call in (
+        lambda: alone.all_reduce(numpy.ones((2, 8))),
+        lambda: alone.rms_norm(X, None),
+        lambda: alone.qk_rms_norm(X, [1.0], W, W),
+        lambda: alone.all_reduce_rms_norm(X, W, residual=1),
+    ):
+        with pytest.raises(InvalidArgument, match=r"^a (ndarray|NoneType|list|int) was given where"):
+            call()
+
+
+@pytest.mark.parametrize(("full", "heads"), [(torch.ones(8), 0), (torch.ones(0), None)])
+def test_a_shard_of_nothing_is_refused(full, heads):
+    with pytest.raises(InvalidArgument, match="don't make 0 equal"):
+        nn.shard(full, 0, 2, heads)
+
+
 @pytest.mark.parametrize("heads", [0, -1])
 def test_a_module_of_no_heads_is_refused(alone, heads):
     with pytest.raises(InvalidArgument, match=f"ShardedRMSNorm: 8 elements in {heads} heads"):
@@ -116,6 +140,33 @@ class TestSharedMemory:
         a(x).fill_(1)  # what share_memory says is so
         b(x).fill_(2)
         assert bool((a(x) == 2).any()) == shared
+
+    def test_dtypes_of_other_sizes(self):
+        x = torch.zeros(16, dtype=torch.uint8)
+        assert share_memory(x.view(torch.float32)[:3], x[4:12])
+        assert not share_memory(x.view(torch.float32)[:1], x[4:12])
+
+    def test_two_storages_of_one_memory(self):
+        pytest.importorskip("numpy")
+        assert share_memory(X[:4], torch.from_numpy(X.numpy())[3:])
+
+    def test_an_output_is_the_input_or_apart_from_it(self, alone):
+        """A kernel's block writes a row while others still read theirs."""
+        seven = torch.randn(7, 8)
+        x, moved = seven[:6], seven[1:]
+        for call in (lambda out: alone.all_reduce(x, out=out), lambda out: alone.rms_norm(x, W, out=out)):
+            for out in (torch.empty(6, 8), x, seven[:6]):
+                assert call(out) is out
+            with pytest.raises(InvalidArgument, match="out shares memory with an input that it is not"):
+                call(moved)
+
+    def test_neither_output_of_two_is_on_the_other_input(self, alone):
+        both = torch.randn(6, 16)
+        q, k = both[:, :8], both[:, 8:]
+        alone.qk_rms_norm(q, k, W, W, out=(q, k))
+        for out in ((k, q), (torch.empty(6, 8), q)):
+            with pytest.raises(InvalidArgument, match="out shares memory with an input that it is not"):
+                alone.qk_rms_norm(q, k, W, W, out=out)
 
     def test_two_outputs_that_overlap_are_refused(self, alone):
         both = torch.empty(12, 8)

@@ -16,8 +16,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tpfuse import Communicator, Rope, communicator, quant
 from tpfuse.errors import CommunicatorClosed
 
-Changes = dict[str, Callable[[dict[str, Any]], None]]
-
 
 def given(op: str) -> dict[str, Any]:
     """The arguments of a call that is fine, with everything that the op can take."""

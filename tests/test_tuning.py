@@ -335,3 +335,14 @@ def test_without_gpus_there_is_nothing_to_tune(device: str, says: str, monkeypat
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(Unsupported, match=says):
         tune.run(None, device)
+
+
+def test_without_a_home_folder_the_error_says_what_to_set(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("TPFUSE_TUNING", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert "set TPFUSE_TUNING" in refused("tune")
+    assert thresholds_of(H200, 2)[0].source.startswith("default: no home folder")

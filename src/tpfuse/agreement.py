@@ -89,9 +89,10 @@ def agree(
     topic: str = "facts",
     action: str = "construct a Communicator on this group",
 ) -> None:
-    """Compare `facts` over all ranks. Raises PeerTimeout or RankMismatch, the same on every rank, and no later than
-    `timeout` seconds. A rank that failed before pins {"error": text} instead. action: what a missing rank should have
-    done."""
+    """Compare `facts` over all ranks. Raises PeerTimeout or RankMismatch, or TpfuseError where a rank could not start:
+    after `timeout` seconds at most, and what a store that does not answer is given. A rank that comes too late may see
+    no error where the others do. A rank that failed before pins {"error": text} instead. action: what a missing rank
+    should have done."""
     board.pin(topic, facts)
     found = board.read(topic, timeout)
     for rank, other in sorted(found.items()):

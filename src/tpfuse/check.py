@@ -27,9 +27,8 @@ from rich.table import Table
 from torch import Tensor
 
 from tpfuse import reference
-from tpfuse.backends.collective import first_line
 from tpfuse.communicator import Communicator
-from tpfuse.errors import TpfuseError
+from tpfuse.errors import TpfuseError, first_line
 from tpfuse.launch import Rank
 from tpfuse.plan import OPS
 from tpfuse.quant import FORMATS, Format

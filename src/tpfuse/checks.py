@@ -99,16 +99,38 @@ def apart(op: str, first: Tensor, second: Tensor) -> None:
         raise InvalidArgument(f"{op}: the two tensors of out share memory; needed: two that don't.")
 
 
+def itself_or_apart(op: str, out: Tensor, x: Tensor, *others: Tensor) -> None:
+    """out: the memory of x in its order, or none of the inputs'."""
+    itself = out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
+    if (not itself and share_memory(out, x)) or any(share_memory(out, other) for other in others):
+        raise InvalidArgument(
+            f"{op}: out shares memory with an input that it is not; needed: the input itself, or memory of its own."
+        )
+
+
+def pair_of_outputs(op: str, out: object) -> None:
+    """out: two tensors, as tuple or list."""
+    if not isinstance(out, (tuple, list)) or len(out) != 2 or not all(isinstance(y, Tensor) for y in out):
+        raise InvalidArgument(f"{op}: out is {_told(out)}; needed: a tuple of two tensors, for q and for k.")
+
+
+def _told(given: object) -> str:
+    if isinstance(given, (tuple, list)):
+        return f"a {type(given).__name__} of {len(given)}"
+    return f"a {type(given).__name__}"
+
+
 def share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have memory in common. Of views with other strides than each other's, what lies between their
     ends counts as theirs."""
-    if not a.numel() or not b.numel() or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+    if not a.numel() or not b.numel() or a.device != b.device:
         return False
-    distance = int(b.storage_offset() - a.storage_offset())
-    if distance >= _span(a) or -distance >= _span(b):
+    step = a.element_size()
+    distance = b.data_ptr() - a.data_ptr()  # bytes: the dtypes, and even the storages of one memory, may be two
+    if distance >= _span(a) * step or -distance >= _span(b) * b.element_size():
         return False
-    alike = a.stride() == b.stride() and a.element_size() == b.element_size()
-    return not (alike and any(_beside(a, b, distance, int(pitch)) for pitch in a.stride()))
+    alike = a.stride() == b.stride() and step == b.element_size() and distance % step == 0
+    return not (alike and any(_beside(a, b, distance // step, int(pitch)) for pitch in a.stride()))
 
 
 def _beside(a: Tensor, b: Tensor, distance: int, pitch: int) -> bool:

@@ -7,7 +7,6 @@ Modules that import torch are imported inside the commands, so that `--help` is 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tpfuse import __version__
 from tpfuse.errors import InvalidArgument, TpfuseError
+from tpfuse.launch import default_device, resolve_world, run_ranks, speaks
 
 if TYPE_CHECKING:
     from tpfuse.bench.model_records import ModelRecord
@@ -79,14 +79,13 @@ def info(json: Annotated[bool, typer.Option("--json", help="Print JSON, e.g. for
 def check(world: World = None, device: Device = None, backend: Backend = "auto", mode: Mode = "fused") -> None:
     """Run every op against the reference, over dtypes, widths, row counts and awkward values."""
     from tpfuse import check as checks
-    from tpfuse.launch import resolve_world, run_ranks
 
     device = _device(device)
     world = resolve_world(world, device)
     with _progress("check") as progress:
         results = run_ranks(checks.job, mode, backend, world=world, device_type=device, progress=progress)
     outcomes = checks.merge([outcomes for outcomes, _ in results])
-    if _speaks():
+    if speaks():
         checks.show(Console(), outcomes, f"{world} {device} ranks: requested {mode}, effective {results[0][1]}")
     if not all(outcome.ok for outcome in outcomes):
         raise typer.Exit(1)
@@ -111,7 +110,7 @@ def tune(
     tuning.read(path)  # what is no such file stays as it is
     with _progress("tune") as progress:
         found = tuner.run(world, device, progress=progress)
-    if _speaks():
+    if speaks():
         Console().print(tuner.report(found))
         tuning.save(path, found.model, found.world, found.thresholds)
         print(f"written: {path}")
@@ -163,7 +162,7 @@ def bench_ops(
             baselines=baseline,
             progress=progress,
         )
-    if _speaks():
+    if speaks():
         ops.finish(Console(), records, json, plot, preset)
 
 
@@ -226,7 +225,7 @@ def bench_model(
         records = model.run(
             preset, layers=layers, world=tp, device_type=device, modes=asked, workload=workload, progress=progress
         )
-    if _speaks():
+    if speaks():
         _finish_model(records, json, plot, results, profile)
     if not all(record.ok for record in records):
         raise typer.Exit(1)
@@ -277,7 +276,7 @@ def generate(
     device = _device(device)
     settings: Any = {"tokens": tokens, "mode": mode, "world": tp, "device_type": device, "dtype": dtype}
     found = generating.run(model, prompt, **settings, progress=show)
-    if _speaks():
+    if speaks():
         print()
         why = f" ({'; '.join(found.reasons)})" if found.reasons else ""
         rate = len(found.tokens) / found.seconds
@@ -292,7 +291,6 @@ def _help_alone(context: typer.Context) -> None:
 
 
 def _device(device: str | None) -> str:
-    from tpfuse.launch import default_device
 
     if device not in (None, "cpu", "cuda"):
         raise InvalidArgument(f"--device {device}: supported: cpu, cuda.")
@@ -313,11 +311,6 @@ def _check_writable(path: Path) -> None:
             TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InvalidArgument(f"{path}: can't be written: {error.strerror}.") from error
-
-
-def _speaks() -> bool:
-    """Under torchrun only rank 0 prints."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

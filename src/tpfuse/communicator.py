@@ -31,7 +31,7 @@ from tpfuse.backends.cuda.all_reduce import why_not as why_not_reduce
 from tpfuse.backends.cuda.backend import CudaBackend
 from tpfuse.backends.cuda.sharded_norm import why_not
 from tpfuse.backends.cuda.workspace import availability, place
-from tpfuse.errors import CommunicatorClosed, InvalidArgument, TpfuseError, Unsupported
+from tpfuse.errors import CommunicatorClosed, InvalidArgument, TpfuseError, Unsupported, first_line
 from tpfuse.plan import MODES, Counter, Facts, Plan, Report, Route, combined_mode
 from tpfuse.quant import Format
 from tpfuse.reference import NormOutput
@@ -107,10 +107,17 @@ class Communicator:
         facts = Facts(self.world, self.device.type, self.transport, mode, backend, max_hidden)
         agree(self._board, self._settings(facts), self.timeout)
         self._cuda, reason = self._start_cuda(facts)
-        routes = fallback_routes(facts, reason) if self._cuda is None else cuda_backend.routes(self._cuda.thresholds)
-        self.plan = Plan(mode, backend, self.world, routes)
-        agree(self._board, {"plan": self.plan.fingerprint}, self.timeout, "plan")
-        self._collective = Collective(self.group, self.device, self.transport, self.timeout, mode, self._fail)
+        try:
+            routes = (
+                fallback_routes(facts, reason) if self._cuda is None else cuda_backend.routes(self._cuda.thresholds)
+            )
+            self.plan = Plan(mode, backend, self.world, routes)
+            agree(self._board, {"plan": self.plan.fingerprint}, self.timeout, "plan")
+            self._collective = Collective(self.group, self.device, self.transport, self.timeout, mode, self._fail)
+        except BaseException:
+            if self._cuda is not None:
+                self._cuda.close()
+            raise
         _by_name[self.name] = self
         import tpfuse.ops  # noqa: F401  registers torch.ops.tpfuse; here, because it needs `by_name` above
 
@@ -164,7 +171,7 @@ class Communicator:
             raise
         except Exception as error:
             self._failure = TpfuseError(
-                f"prepare: torch.distributed could not connect the ranks: {collective.first_line(error)}. This "
+                f"prepare: torch.distributed could not connect the ranks: {first_line(error)}. This "
                 "communicator can't be used any more."
             )
             raise self._failure from error
@@ -213,13 +220,15 @@ class Communicator:
             checks.no_gradient("rms_norm", x=x)
             y = torch.ops.tpfuse.rms_norm(x, weight, self.name, eps, weight_bias)
             return y if out is None else checks.like("rms_norm", out, y).copy_(y)
-        key = ("rms_norm", traits(x), traits(weight), eps, weight_bias, out is not None and traits(out))
+        into = out is not None and (traits(out), out is x or between(x, out))
+        key = ("rms_norm", traits(x), traits(weight), eps, weight_bias, into)
         served = self._remembered(key)
         if served is None:
             checks.activation("rms_norm", "x", x, self.device, self.max_hidden)
             checks.weight("rms_norm", "weight", weight, x)
             if out is not None:
                 checks.output("rms_norm", out, x)
+                checks.itself_or_apart("rms_norm", out, x)
             call = Call("rms_norm", count_rows(x), x.shape[-1], 0, x.dtype, None, eps, eps, weight_bias)
             served = self._serve(call, why_not((call.width,)), key)
         backend = self._begin(served)
@@ -249,6 +258,8 @@ class Communicator:
         rope: rotate the rows before they are rounded, see tpfuse.Rope.
         """
         q_eps, k_eps = pair(eps)
+        if out is not None:
+            checks.pair_of_outputs("qk_rms_norm", out)
         if torch.compiler.is_compiling():
             checks.no_gradient("qk_rms_norm", q=q, k=k)
             norms = (q, k, q_weight, k_weight, self.name, q_eps, k_eps, weight_bias)
@@ -264,7 +275,7 @@ class Communicator:
         key = (
             "qk_rms_norm", traits(q), traits(k), traits(q_weight), traits(k_weight), q_eps, k_eps, weight_bias,
             rope is not None and rotation_traits(rope),
-            out is not None and (traits(out[0]), traits(out[1]), between(*out)),
+            out is not None and (traits(out[0]), traits(out[1]), beside(q, k, *out)),
         )  # fmt: skip
         served = self._remembered(key)
         if served is None:
@@ -276,6 +287,8 @@ class Communicator:
             if out is not None:
                 checks.output("qk_rms_norm", out[0], q)
                 checks.output("qk_rms_norm", out[1], k)
+                checks.itself_or_apart("qk_rms_norm", out[0], q, k)
+                checks.itself_or_apart("qk_rms_norm", out[1], k, q)
                 checks.apart("qk_rms_norm", *out)
             if rope is not None:
                 rope.check("qk_rms_norm", q, k)
@@ -300,12 +313,14 @@ class Communicator:
             checks.no_gradient("all_reduce", x=x)
             y = torch.ops.tpfuse.all_reduce(x, self.name)
             return y if out is None else checks.like("all_reduce", out, y).copy_(y)
-        key = ("all_reduce", traits(x), out is not None and traits(out))
+        into = out is not None and (traits(out), out is x or between(x, out))
+        key = ("all_reduce", traits(x), into)
         served = self._remembered(key)
         if served is None:
             checks.activation("all_reduce", "x", x, self.device, self.max_hidden)
             if out is not None:
                 checks.output("all_reduce", out, x)
+                checks.itself_or_apart("all_reduce", out, x)
             call = Call("all_reduce", count_rows(x), x.shape[-1], 0, x.dtype, None, 0.0, 0.0, 0.0)
             served = self._serve(call, why_not_reduce(call.width), key)
         backend = self._begin(served)
@@ -559,13 +574,22 @@ def stacked(x: Tensor) -> Tensor:
 
 def traits(x: Tensor) -> tuple[Any, ...]:
     """All that checks and launches depend on, of a tensor: everything but its address."""
-    return x.dtype, x.shape, x.stride(), x.device, x.requires_grad and torch.is_grad_enabled()
+    try:
+        return x.dtype, x.shape, x.stride(), x.device, x.requires_grad and torch.is_grad_enabled()
+    except (AttributeError, TypeError):
+        raise InvalidArgument(f"a {type(x).__name__} was given where a torch.Tensor is needed.") from None
 
 
 def between(a: Tensor, b: Tensor) -> Any:
     """How far two tensors of one memory lie apart; None where each has memory of its own."""
     one = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
     return b.storage_offset() - a.storage_offset() if one else None
+
+
+def beside(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor) -> Any:
+    """How two outputs lie beside their inputs and each other."""
+    pairs = () if q_out is q and k_out is k else ((q, q_out), (k, k_out), (q, k_out), (k, q_out))
+    return between(q_out, k_out), *(between(*two) for two in pairs)
 
 
 def rotation_traits(rope: Rope) -> tuple[Any, ...]:

@@ -25,3 +25,8 @@ class PeerTimeout(TpfuseError, TimeoutError):
 
 class CommunicatorClosed(TpfuseError):
     """The communicator was used after `close()`."""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the stack that torch appends."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -174,13 +174,13 @@ def _backends(links: Sequence[Link]) -> tuple[BackendState, ...]:
 
 def thresholds_of(model: str, gpus: int) -> tuple[Tuned, ...]:
     """For each number of ranks that so many GPUs of this model allow."""
-    path = tuning.tuning_file()
     try:
-        found, other = tuning.read(path).get(model, {}), "default"
+        file = tuning.tuning_file()
+        path, found, other = str(file), tuning.read(file).get(model, {}), "default"
     except InvalidArgument as error:
-        found, other = {}, f"default: {error}"
+        path, found, other = "", {}, f"default: {error}"
     return tuple(
-        Tuned(world, found.get(world, default), str(path) if world in found else other)
+        Tuned(world, found.get(world, default), path if world in found else other)
         for world, default in DEFAULTS.items()
         if world <= gpus
     )

@@ -26,7 +26,7 @@ from threading import Thread
 from types import TracebackType
 from typing import Any
 
-from tpfuse.errors import InvalidArgument, PeerTimeout, TpfuseError, Unsupported
+from tpfuse.errors import InvalidArgument, PeerTimeout, TpfuseError, Unsupported, first_line
 
 Progress = Callable[[int, int, str], None]  # done, total, what
 LOOPBACK = "127.0.0.1"
@@ -49,6 +49,11 @@ class Rank:
 
 def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def speaks() -> bool:
+    """Whether this process prints: under torchrun only rank 0."""
+    return not under_torchrun() or _torchruns("RANK", 0) == 0
 
 
 def resolve_world(world: int | None, device_type: str) -> int:
@@ -82,7 +87,7 @@ class Ranks:
     """W running ranks. `run(job, *args)` runs a job on all of them and returns their results in rank order."""
 
     def __init__(self, world: int, device_type: str = "cpu", *, timeout: float = 120.0) -> None:
-        self.world, self.timeout = world, timeout
+        self.world = world
         context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
@@ -117,10 +122,11 @@ class Ranks:
         results: dict[int, Any] = {}
         failures: dict[int, TpfuseError] = {}
         waiting = set(range(self.world))
+        deadline: float | None = None  # after a failure the other ranks get a moment to end or fail in their own words
         while waiting:
-            # After a failure the other ranks get a moment to end or fail in their own words.
-            ready = wait([self._pipes[rank] for rank in waiting], timeout=GRACE if failures else None)
-            if not ready:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = wait([self._pipes[rank] for rank in waiting], timeout=left)
+            if not ready or left == 0.0:
                 break
             for rank in [rank for rank in waiting if self._pipes[rank] in ready]:
                 kind, value = self._receive(rank)
@@ -133,6 +139,7 @@ class Ranks:
                     results[rank] = value
                 else:
                     failures[rank] = self._failure(rank, kind, value)
+                    deadline = deadline or time.monotonic() + GRACE
         if failures:
             self.close()
             raise failures[min(failures)]
@@ -202,8 +209,9 @@ def _meeting_place(timeout: float) -> Any:
     try:
         return TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=limit)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise Unsupported(f"ranks can't meet at {LOOPBACK}: {reason}. They need the loopback interface.") from error
+        raise Unsupported(
+            f"ranks can't meet at {LOOPBACK}: {first_line(error)}. They need the loopback interface."
+        ) from error
 
 
 def join_group(rank: int, world: int, device_type: str, port: int | None, timeout: float, local: int) -> None:
@@ -215,6 +223,9 @@ def join_group(rank: int, world: int, device_type: str, port: int | None, timeou
 
     backend = "gloo"
     if device_type == "cuda":
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
+            raise Unsupported(f"rank {rank} needs GPU {local}; torch sees {gpus}. Use --device cpu, or fewer ranks.")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     try:
@@ -222,8 +233,9 @@ def join_group(rank: int, world: int, device_type: str, port: int | None, timeou
         store = None if port is None else TCPStore(LOOPBACK, port, is_master=False, timeout=limit)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     except (RuntimeError, TimeoutError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PeerTimeout(f"rank {rank} of {world}: not all ranks came within {timeout:g} s: {reason}") from error
+        raise PeerTimeout(
+            f"rank {rank} of {world}: not all ranks came within {timeout:g} s: {first_line(error)}"
+        ) from error
 
 
 def leave_group() -> None:

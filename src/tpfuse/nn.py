@@ -26,8 +26,10 @@ def shard(full: Tensor, rank: int, world: int, heads: int | None = None) -> Tens
     and neighbouring ranks the same one. Raises InvalidArgument where that does not come out even.
     """
     parts = full.shape[0] if heads is None else heads
-    if full.shape[0] % parts:
-        raise InvalidArgument(f"shard: {full.shape[0]} elements don't make {parts} equal heads.")
+    if parts < 1 or full.shape[0] % parts:
+        raise InvalidArgument(
+            f"shard: {full.shape[0]} elements don't make {parts} equal {'heads' if heads is not None else 'parts'}."
+        )
     if parts % world and world % parts:
         raise InvalidArgument(
             f"shard: {parts} {'heads' if heads else 'elements'} don't divide over {world} ranks; "

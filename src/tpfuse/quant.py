@@ -128,7 +128,13 @@ class Format(ABC):
     def unpack(self, quant: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """fp32: the elements `[..., H]` before they are scaled, and the factor of each group, `[..., groups]`."""
         elements = self._widen(quant)
-        return elements, self._factors(self._row_major(scale, elements))
+        stored = self._row_major(scale, elements)
+        if stored.shape != (*elements.shape[:-1], self.groups(elements.shape[-1])):
+            raise InvalidArgument(
+                f"decode: {self!r} with quant {list(quant.shape)} and scale {list(scale.shape)}; needed: the two that "
+                "encode() or a call returned."
+            )
+        return elements, self._factors(stored)
 
     @abstractmethod
     def _scales(self, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +183,7 @@ class FP8Static(Format):
         return self.scale
 
     def _row_major(self, scale: Tensor, values: Tensor) -> Tensor:
-        return scale.reshape(1)
+        return scale.reshape(-1)[:1].expand(*values.shape[:-1], 1) if scale.numel() == 1 else scale
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -161,3 +161,9 @@ def test_in_a_compiled_model(kind: str) -> None:
             assert torch.equal(buffer[tokens:], untouched)
             torch.testing.assert_close(given, model(x, selected), rtol=1e-5, atol=1e-6)
     assert backend.report().replays > 0
+
+
+def test_sparse_attention_without_a_selection_is_refused() -> None:
+    q = torch.ones(2, 1, 4)
+    with pytest.raises(InvalidArgument, match="selected is None"):
+        graphs.sparse(q, q, q)

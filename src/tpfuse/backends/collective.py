@@ -31,6 +31,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +43,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]
 
-from tpfuse.errors import CommunicatorClosed, RankMismatch, TpfuseError
+from tpfuse.agreement import GRACE
+from tpfuse.errors import CommunicatorClosed, RankMismatch, TpfuseError, first_line
 from tpfuse.plan import ANY, OPS, Counter, Facts, Route, slot_bytes
 from tpfuse.quant import FORMATS
 from tpfuse.rope import Rope, rotate
@@ -165,7 +167,7 @@ class Collective:
         self._current: tuple[int, Served] | None = None
         self._watchdog: Watchdog | None = None
         if self.world > 1 and transport != "gloo":
-            self._watchdog = Watchdog(group, device, timeout, fail)
+            self._watchdog = Watchdog(group, timeout, fail)
 
     def prepare(self) -> None:
         """Make the transport ready, so that later calls may be captured. Collective."""
@@ -420,11 +422,6 @@ def difference(number: int, calls: list[Call]) -> str:
     )
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, without the stack that torch appends."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-
-
 @dataclass
 class InFlight:
     """A call that the device has not finished. `ready` fires when all earlier work of the stream is done."""
@@ -442,11 +439,10 @@ class Watchdog:
     def __init__(
         self,
         group: dist.ProcessGroup,
-        device: torch.device,
         timeout: float,
         fail: Callable[[int, Call, str], TpfuseError],
     ) -> None:
-        self._group, self._device, self._timeout, self._fail = group, device, timeout, fail
+        self._group, self._timeout, self._fail = group, timeout, fail
         self._calls: deque[InFlight] = deque()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="tpfuse-watchdog", daemon=True)
@@ -464,14 +460,20 @@ class Watchdog:
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(GRACE)
+        if self._thread.is_alive():  # in torch's abort, which has no limit
+            warnings.warn(f"tpfuse: aborting the process group takes more than {GRACE:g} s; left alone.", stacklevel=3)
 
     def _watch(self) -> None:
         pause = min(0.2, self._timeout / 10)
         while not self._stopped.wait(pause):
-            late = self._late()
+            cause = "the exchange did not end on the device"
+            try:
+                late = self._late()
+            except RuntimeError as error:  # of the device: nothing that it was given will end
+                late, cause = self._calls[0], first_line(error)
             if late is not None:
-                self._fail(late.number, late.call, "the exchange did not end on the device")
+                self._fail(late.number, late.call, cause)
                 self._group.abort()
                 return
 

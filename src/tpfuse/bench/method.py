@@ -28,11 +28,10 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from tpfuse.backends.collective import first_line
 from tpfuse.bench.cases import Case, InputSet, Outputs, difference, expected
 from tpfuse.bench.ceilings import memory_bytes
 from tpfuse.bench.implementations import Implementation
-from tpfuse.errors import CommunicatorClosed, PeerTimeout, RankMismatch, Unsupported
+from tpfuse.errors import CommunicatorClosed, PeerTimeout, RankMismatch, Unsupported, first_line
 
 Value = TypeVar("Value")
 

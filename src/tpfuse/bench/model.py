@@ -18,18 +18,19 @@ import gc
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tpfuse.backends.collective import first_line, short
+from tpfuse.backends.collective import short
 from tpfuse.bench.machine import describe
 from tpfuse.bench.method import first_error
 from tpfuse.bench.model_records import STOCK, ModelRecord
 from tpfuse.bench.session import PackedSession, Session, Workload, slowest
-from tpfuse.errors import InvalidArgument, Unsupported
+from tpfuse.errors import InvalidArgument, Unsupported, first_line
 from tpfuse.integrations.transformers import load
 from tpfuse.integrations.transformers.packed import check_layers
 from tpfuse.launch import Progress, Rank, default_device, resolve_world, run_ranks
@@ -81,6 +82,8 @@ def job(
     device = torch.device("cuda", torch.cuda.current_device()) if rank.device_type == "cuda" else torch.device("cpu")
     blank = _blank(preset, layers, rank.world, workload, device)
     records: list[ModelRecord] = []
+    if workload.profile and rank.rank == 0:
+        Path(workload.profile).write_text("", encoding="utf-8")
     for mode in modes:
         error, model = "", None
         try:
@@ -96,9 +99,7 @@ def job(
                 impl=STOCK if mode == STOCK else "tpfuse",
                 requested_mode="" if mode == STOCK else mode,
             )
-            records.append(asked if error else _measured(asked, model, workload, device))
-            if error:
-                records[-1] = replace(asked, error=error)
+            records.append(replace(asked, error=error) if error else _measured(asked, model, workload, device))
         if model is not None and hasattr(model, "_tpfuse"):
             model._tpfuse.comm.close()
         del model

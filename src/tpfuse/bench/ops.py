@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from tpfuse.backends.collective import first_line, short
+from tpfuse.backends.collective import short
 from tpfuse.bench.cases import QK, Case, cases_of, check_ops, ops_of
 from tpfuse.bench.ceilings import Rates, ceiling_us, measure_rates
 from tpfuse.bench.implementations import (
@@ -30,7 +30,7 @@ from tpfuse.bench.plot import plot as draw
 from tpfuse.bench.records import Record, write
 from tpfuse.bench.report import report
 from tpfuse.communicator import Communicator
-from tpfuse.errors import InvalidArgument
+from tpfuse.errors import InvalidArgument, first_line
 from tpfuse.launch import Progress, Rank, default_device, resolve_world, run_ranks
 from tpfuse.presets import Preset, find_preset
 
@@ -90,10 +90,10 @@ def finish(console: Console, records: Sequence[Record], json: Path | None, plot:
         write(records, json)
     console.print(report(records))
     if json is not None:
-        console.print(f"figures: {escape(str(json))}")
+        console.print(f"figures: {escape(str(json))}", soft_wrap=True, highlight=False)
     if plot is not None:
         draw(records, plot, preset)
-        console.print(f"picture: {escape(str(plot))}")
+        console.print(f"picture: {escape(str(plot))}", soft_wrap=True, highlight=False)
 
 
 def _checked_tokens(tokens: Sequence[int]) -> tuple[int, ...]:

@@ -22,9 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpfuse.backends.collective import first_line
 from tpfuse.bench.method import first_error
-from tpfuse.errors import InvalidArgument, Unsupported
+from tpfuse.errors import InvalidArgument, Unsupported, first_line
 from tpfuse.graphs import CudaGraphs
 from tpfuse.integrations.transformers.packed import PackedModel, piecewise
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tpfuse.errors import CommunicatorClosed, InvalidArgument
+from tpfuse.errors import InvalidArgument, Unsupported
 
 _LIBRARY = torch.library.Library("tpfuse", "FRAGMENT")  # lives as long as the process
 _made: dict[str, int] = {}
@@ -113,7 +113,8 @@ def dense(q: Tensor, k: Tensor, v: Tensor, *, selected: Tensor | None = None, ou
 def sparse(q: Tensor, k: Tensor, v: Tensor, *, selected: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """`dense`, restricted to keys that are selected: `[T, n]`, positions in k; negative ones are ignored, later ones
     than the token itself are not seen. A token that sees nothing gets zeros."""
-    assert selected is not None
+    if selected is None:
+        raise InvalidArgument("sparse attention: selected is None; needed: `[T, n]`, positions of keys; or use dense.")
     keys = k.shape[0]
     chosen = torch.zeros(q.shape[0], keys + 1, dtype=torch.bool, device=q.device)
     chosen.scatter_(1, torch.where((selected < 0) | (selected >= keys), keys, selected).long(), True)
@@ -145,7 +146,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 def _run(q: Tensor, k: Tensor, v: Tensor, selected: Tensor | None, out: Tensor, layer: str) -> None:
     found = _by_name.get(layer)
     if found is None:
-        raise CommunicatorClosed(
+        raise Unsupported(
             f"no attention named {layer!r} in this process; living: {sorted(_by_name)[:8]}. Keep the object that "
             "tpfuse.graphs.attention returned as long as code compiled with it runs."
         )

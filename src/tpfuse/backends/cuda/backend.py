@@ -70,15 +70,11 @@ class CudaBackend:
             self._norms, self._sums = norms, sums
             self._norm = ShardedNorm(device, board.rank, board.world, norms, timeout)
             self._reduce = AllReduce(device, board.rank, board.world, sums, timeout, thresholds)
-        except TpfuseError:
+        except BaseException:
             self.close()
             raise
         self._stream: int | None = None  # of the last call that was not captured
         self._current: tuple[int, Served] | None = None
-
-    @property
-    def workspace_bytes(self) -> int:
-        return WORKSPACE_BYTES
 
     def close(self) -> None:
         for space in self._spaces:

@@ -226,7 +226,7 @@ class ShardedNorm:
 
     def __init__(self, device: torch.device, rank: int, world: int, space: Workspace, timeout: float) -> None:
         assert device.index is not None
-        self._device, self._index, self._world = device, device.index, world
+        self._index, self._world = device.index, world
         self._arch = arch_of(device.index)
         self._multiprocessors = attribute(device.index, "MULTIPROCESSOR_COUNT")
         self._prefetch_bytes = attribute(device.index, "L2_CACHE_SIZE") // 3
@@ -285,7 +285,7 @@ class ShardedNorm:
         shape = SHAPE.pack(
             *strides, rows, n, m, GAMMA_CODES[weights[0].dtype], GAMMA_CODES[weights[-1].dtype], eps[0], eps[-1],
             1.0 / (n * self._world), 1.0 / (m * self._world), weight_bias,
-            *((1, 0, 0) if rope is None else (rope.head_dim, rope.rotary_dim, min(len(rope.cos), len(rope.sin)))),
+            *((1, 0, 0) if rope is None else (rope.head_dim, rope.rotary_dim, len(rope.cos))),
             rows <= PREFETCH_ROWS or rows * sum(widths) * x.element_size() > self._prefetch_bytes,
         )  # fmt: skip
         return launcher, grid, shape

@@ -28,17 +28,21 @@ Tuned = Mapping[str, Mapping[int, Thresholds]]  # by GPU model, as workspace.Pla
 
 
 def tuning_file() -> Path:
-    """$TPFUSE_TUNING, else tpfuse/tuning.json in $XDG_CONFIG_HOME, else in ~/.config."""
+    """$TPFUSE_TUNING, else tpfuse/tuning.json in $XDG_CONFIG_HOME, else in ~/.config. Raises InvalidArgument where
+    there is none of them."""
     if chosen := os.environ.get("TPFUSE_TUNING"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()) / "tpfuse" / "tuning.json"
+    try:
+        return Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()) / "tpfuse" / "tuning.json"
+    except RuntimeError as error:
+        raise InvalidArgument(f"no home folder to keep tuned thresholds in ({error}): set TPFUSE_TUNING.") from error
 
 
 def load(model: str, world: int) -> Thresholds:
     """What the user's file has for such a group, or the defaults. Warns if there is a file that can't be read."""
     try:
         tuned = read(tuning_file())
-    except (InvalidArgument, RuntimeError) as error:  # RuntimeError: no home folder
+    except InvalidArgument as error:
         warnings.warn(f"tpfuse: {error} The defaults serve instead.", stacklevel=2)
         tuned = {}
     return tuned.get(model, {}).get(world, DEFAULTS[world])

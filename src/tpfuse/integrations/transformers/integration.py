@@ -48,9 +48,7 @@ class Applied:
 
     architecture: Architecture
     base: nn.Module
-    mode: str
     comm: Communicator
-    deferral: Deferral
     sharding: Sharding
 
     def report(self) -> Report:
@@ -161,9 +159,14 @@ def _apply(model: Any, tp_mesh: DeviceMesh, *plan: dict[str, str]) -> Any:
             f"tpfuse: {type(model).__name__} runs by transformers' own TP plan; tpfuse knows {known}.", stacklevel=2
         )
         return _enabled.apply.stock(model, tp_mesh, *plan)
-    for name, base in found:
-        made = shard(model, base, f"{name}." if name else "", tp_mesh, plan, _enabled.mode, _enabled.settings)
-        model._tpfuse = made
+    if len(found) > 1:
+        names = ", ".join(name for name, _ in found)
+        raise Unsupported(
+            f"{type(model).__name__} has more than one model that tpfuse knows: {names}; supported: one. "
+            "Call disable() to load it by transformers' own plan."
+        )
+    name, base = found[0]
+    model._tpfuse = shard(model, base, f"{name}." if name else "", tp_mesh, plan, _enabled.mode, _enabled.settings)
     return model
 
 
@@ -207,10 +210,9 @@ def shard(
     sharding.declare(base, prefix, architecture, expert_parallel)
     _apply_stock_plan(model, prefix, architecture, mesh, plan, expert_parallel)
     comm = Communicator(mesh.get_group(), device=mesh.device_type, mode=mode, **settings)
-    deferral = Deferral(comm)
-    _give_forwards(base, architecture, expert_parallel, deferral, Place(world, deferring=mode != "off"))
+    _give_forwards(base, architecture, expert_parallel, Deferral(comm), Place(world, deferring=mode != "off"))
     _save_in_order(model, sharding)
-    return Applied(architecture, base, mode, comm, deferral, sharding)
+    return Applied(architecture, base, comm, sharding)
 
 
 def _apply_stock_plan(

@@ -156,11 +156,6 @@ class KVCache:
             self.values = [zeros(kv_heads, head_dim) for _ in indexers]
             self.index_keys = [None if indexer is None else zeros(indexer.dim) for indexer in indexers]
 
-    @property
-    def nbytes(self) -> int:
-        tensors = (*self.keys, *self.values, *(keys for keys in self.index_keys if keys is not None))
-        return sum(tensor.nbytes for tensor in tensors)
-
     def check(self, new: Mapping[int, int]) -> None:
         """Raise InvalidArgument unless these slots have room for so many new tokens."""
         if not new:

@@ -25,8 +25,8 @@ from tpfuse.integrations.serving.settings import attempt, enter, worker_state
 from tpfuse.integrations.vllm import settings
 from tpfuse.integrations.vllm.settings import LOG, NAME
 
-# modules beside this one, each with an install(), and what they replace
 RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+# Modules beside this one, each with an install(), and what they replace.
 FEATURES = {
     "passes": "all-reduce + norm",
     "experts": "the sum over experts in all-reduce + norm",
