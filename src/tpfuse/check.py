@@ -31,7 +31,7 @@ from tpfuse.communicator import Communicator
 from tpfuse.errors import TpfuseError, first_line
 from tpfuse.launch import Rank
 from tpfuse.plan import OPS
-from tpfuse.quant import FORMATS, Format
+from tpfuse.quant import FORMATS, Format, named
 from tpfuse.reference import NormOutput
 from tpfuse.rope import Rope, rotate
 
@@ -285,7 +285,7 @@ def _all_reduce_rms_norm(comm: Communicator, case: Case, inputs: Inputs) -> Outc
     assert want.norm is not None
     slack = norm_slack(moved, r, weight.float() + case.weight_bias, want.norm)
     worst = Worst(comm, case)
-    fmt = FORMATS[case.quant](given_to(case, comm.device)) if case.quant else None
+    fmt = named(case.quant, given_to(case, comm.device))
     for rows, layout in slices():
         x = take(inputs.xs[comm.rank], rows, layout)
         stream = None if residual is None else take(residual, rows, layout)

@@ -619,8 +619,13 @@ def boundary_outputs(x: Tensor, residual: Tensor | None, quant: Format | None, k
     return NormOutput(norm, stream, None, None) if quant is None else NormOutput(norm, stream, *quant.empty(x))
 
 
+def present(y: NormOutput, given: Tensor | None) -> list[Tensor]:
+    """The results that there are, without a scale that was given: what an operator returns."""
+    return [result for result in y if result is not None and result is not given]
+
+
 def ordered(results: list[Tensor], residual: Tensor | None, quant: Format | None, keep_norm: bool) -> NormOutput:
-    """The results of the operator, which are those that are neither None nor given, as a NormOutput."""
+    """What `present` has made a list of, as a NormOutput again."""
     there = iter(results)
     norm = next(there) if quant is None or keep_norm else None
     stream = None if residual is None else next(there)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tpfuse.communicator import boundary_outputs, by_name, whole
-from tpfuse.quant import FORMATS
+from tpfuse.communicator import boundary_outputs, by_name, empty, present, whole
+from tpfuse.quant import named
 from tpfuse.rope import Rope
 
 _LIBRARY = torch.library.Library("tpfuse", "DEF")  # lives as long as the process
@@ -94,12 +94,12 @@ def layer_boundary(
         residual=residual,
         eps=eps,
         weight_bias=weight_bias,
-        quant=FORMATS[quant](given) if quant else None,
+        quant=named(quant, given),
         keep_norm=keep_norm,
         residual_layout="row_sharded" if row_sharded else "replicated",
         top_k=top_k,
     )
-    return [result for result in y if result is not None and result is not given]
+    return present(y, given)
 
 
 def _fake_layer_boundary(
@@ -115,16 +115,12 @@ def _fake_layer_boundary(
     row_sharded: bool,
     top_k: int | None = None,
 ) -> list[Tensor]:
-    y = boundary_outputs(whole(x, top_k), residual, FORMATS[quant](given) if quant else None, keep_norm)
-    return [result for result in y if result is not None and result is not given]
+    y = boundary_outputs(whole(x, top_k), residual, named(quant, given), keep_norm)
+    return present(y, given)
 
 
 def gather_rows(shard: Tensor, rows: int, comm: str) -> Tensor:
     return by_name(comm).gather_rows(shard, rows)
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 # schema, implementation, shapes of the results
@@ -132,32 +128,32 @@ _OPERATORS = (
     (
         "rms_norm(Tensor x, Tensor weight, str comm, float eps=1e-06, float weight_bias=0.0) -> Tensor",
         rms_norm,
-        lambda x, *_, **__: _like(x),
+        lambda x, *_, **__: empty(x),
     ),
     (
         "qk_rms_norm(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, str comm, float q_eps=1e-06, "
         "float k_eps=1e-06, float weight_bias=0.0) -> (Tensor, Tensor)",
         qk_rms_norm,
-        lambda q, k, *_, **__: (_like(q), _like(k)),
+        lambda q, k, *_, **__: (empty(q), empty(k)),
     ),
     (
         "qk_rms_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, str comm, float q_eps, float k_eps, "
         "float weight_bias, Tensor cos, Tensor sin, Tensor positions, int head_dim, int rotary_dim, bool interleaved) "
         "-> (Tensor, Tensor)",
         qk_rms_norm_rope,
-        lambda q, k, *_, **__: (_like(q), _like(k)),
+        lambda q, k, *_, **__: (empty(q), empty(k)),
     ),
-    ("all_reduce(Tensor x, str comm) -> Tensor", all_reduce, lambda x, *_, **__: _like(x)),
+    ("all_reduce(Tensor x, str comm) -> Tensor", all_reduce, lambda x, *_, **__: empty(x)),
     (
         "all_reduce_rms_norm(Tensor x, Tensor weight, str comm, float eps=1e-06, float weight_bias=0.0) -> Tensor",
         all_reduce_rms_norm,
-        lambda x, *_, **__: _like(x),
+        lambda x, *_, **__: empty(x),
     ),
     (
         "all_reduce_add_rms_norm(Tensor x, Tensor weight, Tensor residual, str comm, float eps=1e-06, "
         "float weight_bias=0.0) -> (Tensor, Tensor)",
         all_reduce_add_rms_norm,
-        lambda x, weight, residual, *_, **__: (_like(x), _like(residual)),
+        lambda x, weight, residual, *_, **__: (empty(x), empty(residual)),
     ),
     (
         "layer_boundary(Tensor x, Tensor weight, Tensor? residual, str comm, float eps, float weight_bias, str quant, "

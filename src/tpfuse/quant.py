@@ -347,7 +347,7 @@ class NVFP4(_Swizzlable):
         return scale.float() * (1.0 / self.global_scale.reshape(()))
 
 
-# Every format by its name, made of the tensor that is given with it: how an operator's arguments become a format.
+# Every format by its name, made of the tensor that is given with it.
 FORMATS: dict[str, Callable[[Tensor | None], Format]] = {
     "fp8_static": lambda given: FP8Static(needed(given)),
     "fp8_per_token": lambda given: FP8PerToken(),
@@ -359,6 +359,12 @@ FORMATS: dict[str, Callable[[Tensor | None], Format]] = {
     "nvfp4": lambda given: NVFP4(needed(given), swizzled=False),
     "nvfp4_swizzled": lambda given: NVFP4(needed(given)),
 }
+
+
+def named(name: str, given: Tensor | None) -> Format | None:
+    """How an operator's arguments become a format: a key of FORMATS and the tensor that is given with it. None for an
+    empty name."""
+    return FORMATS[name](given) if name else None
 
 
 def needed(given: object) -> Tensor:

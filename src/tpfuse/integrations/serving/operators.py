@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpfuse.communicator import empty
 from tpfuse.integrations.serving.state import BOUNDARY, communicator
 
 Operator = tuple[str, Callable[..., Any], Callable[..., Any]]  # schema, implementation, shapes of the results
@@ -37,13 +38,9 @@ def all_reduce_add_rms_norm(
     return y.norm, y.residual
 
 
-def like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 ADD_RMS_NORM: Operator = (
     "all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_bias) "
     "-> (Tensor, Tensor)",
     all_reduce_add_rms_norm,
-    lambda x, residual, *_: (like(x), like(residual)),
+    lambda x, residual, *_: (empty(x), empty(residual)),
 )

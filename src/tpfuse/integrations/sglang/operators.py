@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tpfuse.integrations.serving.operators import ADD_RMS_NORM, define, like
+from tpfuse.communicator import empty
+from tpfuse.integrations.serving.operators import ADD_RMS_NORM, define
 from tpfuse.integrations.serving.state import QK_NORM, communicator
 
 
@@ -17,7 +18,7 @@ _OPERATORS = (
     (
         "qk_norm(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps) -> (Tensor, Tensor)",
         qk_norm,
-        lambda q, k, *_: (like(q), like(k)),
+        lambda q, k, *_: (empty(q), empty(k)),
     ),
 )
 _LIBRARY = define("tpfuse_sglang", _OPERATORS)

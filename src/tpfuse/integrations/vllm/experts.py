@@ -36,7 +36,7 @@ from tpfuse.integrations.serving import state
 from tpfuse.integrations.vllm.graph import Experts
 from tpfuse.integrations.vllm.operators import boundary
 from tpfuse.integrations.vllm.plugin import replace
-from tpfuse.quant import FORMATS
+from tpfuse.quant import named
 from tpfuse.reference import NormOutput
 
 ARGUMENTS = ("hidden_states", "router_logits", "shared_experts_input", "input_ids", "layer_name", "hidden_dim_unpadded")
@@ -176,7 +176,7 @@ def _fake(
     hidden_states: Tensor,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = boundary_outputs(hidden_states, residual, FORMATS[quant](given) if quant else None, keep_norm)
+    y = boundary_outputs(hidden_states, residual, named(quant, given), keep_norm)
     return _all(y, given, hidden_states)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tpfuse.communicator import boundary_outputs
-from tpfuse.integrations.serving.operators import ADD_RMS_NORM, all_reduce_add_rms_norm, define, like
+from tpfuse.communicator import boundary_outputs, empty, present
+from tpfuse.integrations.serving.operators import ADD_RMS_NORM, all_reduce_add_rms_norm, define
 from tpfuse.integrations.serving.state import BOUNDARY, QK_NORM, communicator
-from tpfuse.quant import FORMATS
+from tpfuse.quant import named
 from tpfuse.reference import NormOutput
 from tpfuse.rope import Rope
 
@@ -35,7 +35,7 @@ def all_reduce_rms_norm_quant(
     keep_norm: bool,
 ) -> list[Tensor]:
     """What there is of norm, residual, quant and scale, without a scale that is given."""
-    return _there(boundary(x, residual, weight, given, eps, weight_bias, quant, keep_norm), given)
+    return present(boundary(x, residual, weight, given, eps, weight_bias, quant, keep_norm), given)
 
 
 def boundary(
@@ -49,14 +49,14 @@ def boundary(
     keep_norm: bool,
     top_k: int | None = None,
 ) -> NormOutput:
-    """A boundary between layers. quant: a key of FORMATS, for a format with that scale if one is given, or empty."""
+    """A boundary between layers. quant, given: see tpfuse.quant.named."""
     return communicator(BOUNDARY, weight).all_reduce_rms_norm(
         x,
         weight,
         residual=residual,
         eps=eps,
         weight_bias=weight_bias,
-        quant=FORMATS[quant](given) if quant else None,
+        quant=named(quant, given),
         keep_norm=keep_norm,
         top_k=top_k,
     )
@@ -80,10 +80,6 @@ def qk_norm_rope(
     return communicator(QK_NORM, q_weight).qk_rms_norm(q, k, q_weight, k_weight, eps=eps, rope=rope)
 
 
-def _there(y: NormOutput, given: Tensor | None) -> list[Tensor]:
-    return [result for result in y if result is not None and result is not given]
-
-
 def _fake_qk(
     qkv: Tensor,
     _qw: Tensor,
@@ -101,18 +97,18 @@ def _fake_qk(
 _NORM = "float eps, float weight_bias"
 _OPERATORS = (
     ADD_RMS_NORM,
-    (f"all_reduce_rms_norm(Tensor x, Tensor weight, {_NORM}) -> Tensor", all_reduce_rms_norm, lambda x, *_: like(x)),
+    (f"all_reduce_rms_norm(Tensor x, Tensor weight, {_NORM}) -> Tensor", all_reduce_rms_norm, lambda x, *_: empty(x)),
     (
         f"all_reduce_sum_rms_norm(Tensor x, Tensor weight, {_NORM}) -> (Tensor, Tensor)",
         all_reduce_sum_rms_norm,
-        lambda x, *_: (like(x), like(x)),
+        lambda x, *_: (empty(x), empty(x)),
     ),
     (
         f"all_reduce_rms_norm_quant(Tensor x, Tensor? residual, Tensor weight, Tensor? given, {_NORM}, str quant, "
         "bool keep_norm) -> Tensor[]",
         all_reduce_rms_norm_quant,
-        lambda x, residual, _w, given, _eps, _bias, quant, keep_norm: _there(
-            boundary_outputs(x, residual, FORMATS[quant](given), keep_norm), given
+        lambda x, residual, _w, given, _eps, _bias, quant, keep_norm: present(
+            boundary_outputs(x, residual, named(quant, given), keep_norm), given
         ),
     ),
     (
