@@ -45,6 +45,7 @@ from typing import Any, NamedTuple
 
 from tpfuse.agreement import GRACE, Board, ranks
 from tpfuse.backends.cuda import attribute, check, context, driver, handle, missing, on_device
+from tpfuse.backends.cuda.compile import arch_of
 from tpfuse.errors import InvalidArgument, PeerTimeout, RankMismatch, TpfuseError, Unsupported
 
 MAX_WORLD = 8
@@ -108,7 +109,7 @@ def decline(board: Board, reason: str) -> None:
 
 
 def place(device: int) -> Place:
-    """This rank's facts. Asks the driver only; makes no context."""
+    """This rank's facts. Asks the driver and NVRTC only; makes no context."""
     reason = missing()
     if reason is not None:
         return Place(error=reason)
@@ -124,6 +125,7 @@ def place(device: int) -> Place:
         }
         name = check("cuDeviceGetName", module.cuDeviceGetName(128, handle(device))).split(b"\0")[0].decode()
         model = f"{name} with {attribute(device, 'MULTIPROCESSOR_COUNT')} multiprocessors"
+        arch_of(device)  # needs NVRTC, which one rank's environment may lack: here all ranks hear of it
         return Place("", host(), device, gpu_uuid(device), model, reach)
     except TpfuseError as error:
         return Place(error=str(error))
