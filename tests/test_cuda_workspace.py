@@ -431,7 +431,7 @@ def function(monkeypatch: pytest.MonkeyPatch) -> Function:
 def test_a_launch_gives_the_driver_what_it_reads(function: Function, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Launched()
     monkeypatch.setattr(launch, "launch_call", lambda: driver.call)
-    start = Launcher(function, "Qiff", fixed=struct.pack("2Q", 1 << 47, 2), block=256, shared_bytes=1024, pdl=True)
+    start = Launcher(function, "Qiff", fixed=struct.pack("2Q", 1 << 47, 2), block=256, pdl=True)
     for grid, stream in ((7, 0x7FFF_1111_0000), (9, 0)):
         start(grid, stream, 1 << 46, -5, 0.5, 1.5)
         assert driver.function == function.handle
@@ -439,7 +439,7 @@ def test_a_launch_gives_the_driver_what_it_reads(function: Function, monkeypatch
         config = driver.config
         assert [config[f"grid_{axis}"] for axis in "xyz"] == [grid, 1, 1]
         assert [config[f"block_{axis}"] for axis in "xyz"] == [256, 1, 1]
-        assert (config["stream"] or 0, config["shared_bytes"]) == (stream, 1024)
+        assert (config["stream"] or 0, config["shared_bytes"]) == (stream, 0)
         assert (config["attribute_count"], driver.attribute) == (1, launch.PROGRAMMATIC_STREAM_SERIALIZATION)
         assert driver.arguments[:36] == struct.pack("3Qiff", 1 << 47, 2, 1 << 46, -5, 0.5, 1.5)
 
@@ -455,7 +455,7 @@ def test_pdl_needs_hopper(function: Function, monkeypatch: pytest.MonkeyPatch) -
 def test_a_failed_launch_has_the_words_of_cuda(function: Function, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Launched(status=701)
     monkeypatch.setattr(launch, "launch_call", lambda: driver.call)
-    with pytest.raises(TpfuseError, match=r"launch of kernel failed: CUDA_ERROR_701 \(grid 3, block 32, 0 bytes"):
+    with pytest.raises(TpfuseError, match=r"launch of kernel failed: CUDA_ERROR_701 \(grid 3, block 32\)"):
         Launcher(function, "5Q", block=32)(3, 0, *range(5))
 
 

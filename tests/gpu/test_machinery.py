@@ -239,7 +239,6 @@ def test_closing_gives_the_memory_back(ranks: Ranks) -> None:
 def test_what_the_driver_knows_of_a_kernel() -> None:
     function = adder(0)
     assert function.argument_bytes == 8 * 8 + 8 + 8 + struct.calcsize(LAYOUT)
-    assert function.blocks_per_multiprocessor(32) >= 8
     assert adder(0) is function
     with pytest.raises(InvalidArgument, match="takes a struct of 112 bytes"):
         Launcher(function, LAYOUT, fixed=bytes(72), block=32)
@@ -250,5 +249,3 @@ def test_a_launch_that_cuda_refuses() -> None:
     start = Launcher(adder(0), "14Q", block=32)
     with on_device(0), pytest.raises(TpfuseError, match=r"add_numbers failed: CUDA_ERROR_INVALID_VALUE \(1\)"):
         start(0, 0, *[0] * 14)
-    with pytest.raises(TpfuseError, match="cuFuncSetAttribute failed: CUDA_ERROR_INVALID_VALUE"):
-        Launcher(adder(0), "14Q", block=32, shared_bytes=1 << 30)

@@ -80,34 +80,13 @@ class Function:
     device: int
     argument_bytes: int  # size of the one struct that it takes
 
-    def blocks_per_multiprocessor(self, block: int, shared_bytes: int = 0) -> int:
-        """How many blocks of that size, with that much dynamic shared memory, are resident at once."""
-        with on_device(self.device) as driver:
-            query = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
-            return int(check(query.__name__, query(driver.CUfunction(self.handle), block, shared_bytes)))
-
-    def allow_shared(self, shared_bytes: int) -> None:
-        """Let the kernel have so much dynamic shared memory; needed above 48 KB."""
-        with on_device(self.device) as driver:
-            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            check("cuFuncSetAttribute", driver.cuFuncSetAttribute(driver.CUfunction(self.handle), limit, shared_bytes))
-
 
 _made: dict[str, Object] = {}
 _loaded: dict[tuple[str, int], Function] = {}
-_warned: set[str] = set()
 _starting = threading.Lock()  # NVRTC loads parts of itself on first use, and fails now and then beside another thread
-_started: list[bool] = []
 
 
-def compile_kernel(
-    source: str,
-    name_expression: str,
-    *,
-    arch: str,
-    defines: Mapping[str, str | int] | None = None,
-    max_registers: int | None = None,
-) -> Object:
+def compile_kernel(source: str, name_expression: str, *, arch: str) -> Object:
     """Compile one kernel, or find it in the cache. Any header of kernels/ may be included.
 
     Raises TpfuseError with NVRTC's log where the source does not compile, or where the cache folder is not safe to
@@ -120,8 +99,6 @@ def compile_kernel(
         "device_as_default_execution_space": True,
         "no_source_include": True,
         "ptxas_options": ["-v"],
-        "define_macro": [(name, str(value)) for name, value in sorted((defines or {}).items())] or None,
-        "max_register_count": max_registers,
     }
     key = _key(source, name_expression, options)
     found = _made.get(key) or _read(key)
@@ -202,18 +179,21 @@ def load(made: Object, device: int) -> Function:
     return found
 
 
-def _core(arch: str) -> Any:
+def _core() -> Any:
     """cuda.core, after a first compile, which no other thread is near."""
     with _starting:
-        core = package("cuda.core")
-        if not _started:
-            core.Program("__global__ void nothing() {}", "c++", core.ProgramOptions(arch=arch)).compile("cubin")
-            _started.append(True)
+        return _started()
+
+
+@cache
+def _started() -> Any:
+    core = package("cuda.core")
+    core.Program("__global__ void nothing() {}", "c++", core.ProgramOptions(arch="sm_80")).compile("cubin")
     return core
 
 
 def _compile(key: str, source: str, name: str, options: Mapping[str, Any]) -> Object:
-    core = _core(options["arch"])
+    core = _core()
     log = io.StringIO()
     try:
         program = core.Program(source, "c++", core.ProgramOptions(name="tpfuse", include_path=str(KERNELS), **options))
@@ -295,10 +275,13 @@ def _write(made: Object) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        if "cache" not in _warned:
-            _warned.add("cache")
-            warnings.warn(
-                f"tpfuse can't keep compiled kernels ({error}), so every process compiles them again. "
-                "Set TPFUSE_CACHE_DIR to a folder that can be written.",
-                stacklevel=3,
-            )
+        _warn_once(str(error))
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"tpfuse can't keep compiled kernels ({reason}), so every process compiles them again. "
+        "Set TPFUSE_CACHE_DIR to a folder that can be written.",
+        stacklevel=4,
+    )

@@ -34,7 +34,6 @@ from tpfuse.backends.cuda.compile import Function
 from tpfuse.errors import InvalidArgument, TpfuseError, Unsupported
 
 PROGRAMMATIC_STREAM_SERIALIZATION, CLUSTER_DIMENSION = 6, 4  # CUlaunchAttributeID
-SHARED_BYTES = 48 * 1024  # dynamic shared memory that a kernel has without asking
 
 
 class LaunchAttribute(ctypes.Structure):
@@ -69,7 +68,6 @@ class Launcher:
         *,
         fixed: bytes = b"",
         block: int,
-        shared_bytes: int = 0,
         cluster: int = 1,
         pdl: bool = False,
     ) -> None:
@@ -84,11 +82,7 @@ class Launcher:
         if cluster > 1:
             wanted.append(LaunchAttribute(CLUSTER_DIMENSION, 0, (cluster, 1, 1)))
         self._attributes = (LaunchAttribute * 2)(*wanted)
-        self._config = LaunchConfig(
-            1, 1, 1, block, 1, 1, shared_bytes, None, ctypes.addressof(self._attributes), len(wanted)
-        )
-        if shared_bytes > SHARED_BYTES:
-            function.allow_shared(shared_bytes)
+        self._config = LaunchConfig(1, 1, 1, block, 1, 1, 0, None, ctypes.addressof(self._attributes), len(wanted))
         self._name, self._offset, self._pack, self._launch = function.name, len(fixed), packer.pack_into, launch_call()
         self._call = (ctypes.byref(self._config), c_void_p(function.handle), ctypes.byref(self._parameters), None)
 
@@ -99,8 +93,7 @@ class Launcher:
         status = self._launch(*self._call)
         if status:
             raise TpfuseError(
-                f"launch of {self._name} failed: {describe(status)} "
-                f"(grid {grid}, block {self._config.block_x}, {self._config.shared_bytes} bytes of shared memory)"
+                f"launch of {self._name} failed: {describe(status)} (grid {grid}, block {self._config.block_x})"
             )
 
 
