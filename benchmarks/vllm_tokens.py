@@ -146,8 +146,8 @@ def keep(path: Path, settings: list[Any], answers: Any) -> None:
 def kept(path: Path, settings: list[Any]) -> Any:
     """What a run has answered. Of other settings is an error."""
     found = json.loads(path.read_text())
-    if found["settings"] != settings:
-        raise SystemExit(f"{path} is of {found['settings']}, not {settings}; delete it.")
+    if found.get("settings") != settings:
+        raise SystemExit(f"{path} is of {found.get('settings')}, not {settings}; delete it.")
     return found["answers"]
 
 

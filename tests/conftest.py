@@ -73,6 +73,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def said(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["tpfuse", *map(str, arguments)])
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for ranks that it starts
         for name in ALONE:
             monkeypatch.delenv(name, raising=False)
         capsys.readouterr()

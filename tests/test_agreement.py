@@ -135,7 +135,6 @@ def elsewhere(monkeypatch):
     with Popen([sys.executable, "-c", SERVES], stdout=PIPE, text=True) as serving:
         store = dist.TCPStore("127.0.0.1", int(serving.stdout.readline()), is_master=False)
         monkeypatch.setattr(agreement, "_get_process_group_store", lambda group: store)
-        monkeypatch.setattr(agreement, "ANSWER", 0.5)
         yield agreement.Board(Ranks3, "test"), serving
         serving.kill()
 
@@ -147,8 +146,9 @@ def test_while_the_store_lives_the_ranks_that_are_not_there_are_missing(elsewher
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["ended", "stopped"])
-def test_a_store_that_is_lost_puts_the_blame_on_no_rank_and_is_waited_for_in_bounded_time(elsewhere, how):
+def test_a_store_that_is_lost_puts_the_blame_on_no_rank_and_is_waited_for_in_bounded_time(elsewhere, how, monkeypatch):
     board, serving = elsewhere
+    monkeypatch.setattr(agreement, "ANSWER", 0.5 if how == signal.SIGSTOP else 10.0)
     Timer(0.3, serving.send_signal, [how]).start()
     started = time.monotonic()
     told = str(agreement.diagnose(board, 2, "all_reduce(3 rows x 8)", "connection reset", 1.0))

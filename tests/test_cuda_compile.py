@@ -217,6 +217,20 @@ def test_an_impossible_folder_is_reported_once(tmp_path: Path, monkeypatch: pyte
         assert small(4).cubin
 
 
+def test_a_folder_that_can_only_be_read_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = iter(range(9))
+
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system", f"some-{next(names)}.new")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuses)
+    with pytest.warns(UserWarning, match="cache: Read-only file system"):
+        assert small().cubin
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert small(4).cubin
+
+
 def test_a_full_disk_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

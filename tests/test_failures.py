@@ -311,17 +311,44 @@ def test_a_backend_is_given_back_if_there_is_no_communicator(alone, monkeypatch)
     assert closed == [True]
 
 
-def test_a_device_that_fails_ends_the_watch_with_its_words():
-    def query():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+class TestWatchdog:
+    def follow(self, query):
+        """One call in flight, behind work of which `query` says whether it is done."""
+        failed, aborted = [], Event()
+        watch = collective.Watchdog(SimpleNamespace(abort=aborted.set), 0.1, lambda *seen: failed.append(seen))
+        work = SimpleNamespace(is_completed=lambda: False)
+        watch._calls.append(collective.InFlight(7, "a call", SimpleNamespace(query=query), work))
+        return watch, failed, aborted
 
-    failed, aborted = [], Event()
-    watch = collective.Watchdog(SimpleNamespace(abort=aborted.set), 0.1, lambda *seen: failed.append(seen))
-    work = SimpleNamespace(is_completed=lambda: False)
-    watch._calls.append(collective.InFlight(7, "a call", SimpleNamespace(query=query), work))
-    assert aborted.wait(10)
-    watch.stop()
-    assert failed == [(7, "a call", "RuntimeError: CUDA error: an illegal memory access was encountered")]
+    def test_a_call_that_does_not_end_fails_the_communicator_and_aborts_the_group(self):
+        watch, failed, aborted = self.follow(lambda: True)
+        assert aborted.wait(10)
+        watch.stop()
+        assert failed == [(7, "a call", "the exchange did not end on the device")]
+
+    def test_a_capture_meanwhile_is_not_taken_for_a_failure(self):
+        answers = iter([RuntimeError("CUDA error: operation not permitted when stream is capturing")] * 3)
+
+        def query():
+            if (error := next(answers, None)) is not None:
+                raise error
+            return True
+
+        watch, failed, aborted = self.follow(query)
+        assert aborted.wait(10)
+        watch.stop()
+        assert len(failed) == 1
+
+    @pytest.mark.filterwarnings("ignore:tpfuse. calls are not watched any more")
+    def test_a_device_that_fails_is_not_its_peers_fault(self):
+        def query():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        watch, failed, aborted = self.follow(query)
+        watch._thread.join(10)
+        assert not watch._thread.is_alive()
+        assert failed == []
+        assert not aborted.is_set()
 
 
 def test_a_prepare_that_failed_is_not_tried_again(alone, monkeypatch):

@@ -10,6 +10,7 @@ import jobs
 import pytest
 import torch
 import torch.distributed as dist
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tpfuse import Communicator, Rope, nn
 from tpfuse.checks import share_memory
@@ -72,7 +73,7 @@ def test_settings_of_the_wrong_kind_are_refused(alone):
             alone.gather_rows(X, count)
 
 
-@pytest.mark.parametrize("out", [(X, X, X), (X,), X, (X, None)])
+@pytest.mark.parametrize("out", [(X, X, X), (X,), X])
 def test_outputs_for_q_and_k_are_two_tensors(alone, out):
     with pytest.raises(InvalidArgument, match=r"qk_rms_norm: out is .*; needed: a tuple of two tensors"):
         alone.qk_rms_norm(X, X.clone(), W, W, out=out)
@@ -85,6 +86,7 @@ def test_what_is_no_tensor_is_named(alone):
         lambda: alone.rms_norm(X, None),
         lambda: alone.qk_rms_norm(X, [1.0], W, W),
         lambda: alone.all_reduce_rms_norm(X, W, residual=1),
+        lambda: alone.qk_rms_norm(X, X.clone(), W, W, out=(torch.empty(6, 8), None)),
     ):
         with pytest.raises(InvalidArgument, match=r"^a (ndarray|NoneType|list|int) was given where"):
             call()
@@ -159,6 +161,28 @@ class TestSharedMemory:
                 assert call(out) is out
             with pytest.raises(InvalidArgument, match="out shares memory with an input that it is not"):
                 call(moved)
+        one = torch.randn(1, 24)[:, :8]
+        for out in (one, one.view(1, 8)):  # the stride of one row is any
+            assert alone.all_reduce(one, out=out) is out
+
+    @pytest.mark.parametrize("shift", [1, 8])
+    def test_an_output_that_is_refused_is_so_behind_any_that_is_not(self, alone, shift):
+        numpy = pytest.importorskip("numpy")
+        flat = torch.randn(60)
+        x, moved = flat[:48].view(6, 8), flat[shift : 48 + shift].view(6, 8)
+        other = torch.from_numpy(numpy.frombuffer(flat.numpy(), numpy.float32)[shift : 48 + shift].copy()).view(6, 8)
+        elsewhere = torch.from_numpy(flat.numpy()[shift : 48 + shift]).view(6, 8)  # another storage of that memory
+        for out in (x, flat[:48].view(6, 8), other):
+            alone.all_reduce(x, out=out)
+            for refused in (moved, elsewhere):
+                with pytest.raises(InvalidArgument, match="out shares memory with an input that it is not"):
+                    alone.all_reduce(x, out=refused)
+
+    @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+    def test_calls_with_outputs_can_be_traced(self, alone, mode):
+        for call in (lambda x: alone.all_reduce(x, out=x), lambda x: alone.rms_norm(x, W, out=torch.empty_like(x))):
+            with torch.no_grad():
+                assert make_fx(call, tracing_mode=mode, _allow_non_fake_inputs=True)(X.clone()).graph
 
     def test_neither_output_of_two_is_on_the_other_input(self, alone):
         both = torch.randn(6, 16)

@@ -24,6 +24,7 @@ from tpfuse.errors import PeerTimeout, RankMismatch, TpfuseError
 
 GRACE = 5.0  # seconds that a failing rank waits for its peers to say where they are
 ANSWER = 10.0  # seconds in which the store answers what it does not have to wait for
+LOOK = 0.2  # seconds for one rank's key when time is over: a busy store needs a while to say that a key is there
 
 Answer = TypeVar("Answer")
 
@@ -36,7 +37,8 @@ class Board:
 
     def __init__(self, group: ProcessGroup, name: str) -> None:
         self.rank, self.world = group.rank(), group.size()
-        self._store: Store = _get_process_group_store(group)
+        # A connection of its own: TCPStore's is locked while anybody waits through it.
+        self._store: Store = _answer(_get_process_group_store(group).clone, ANSWER)  # type: ignore[attr-defined]
         self._prefix = f"tpfuse/{name}"
 
     def pin(self, topic: str, message: Mapping[str, object]) -> None:
@@ -44,14 +46,14 @@ class Board:
 
     def read(self, topic: str, seconds: float) -> dict[int, dict[str, object]]:
         """The messages of all ranks that pinned one within `seconds`; the others are missing."""
-        return _answer(lambda: self._read(topic, seconds), seconds + ANSWER)
+        return _answer(lambda: self._read(topic, seconds), seconds + LOOK * self.world + ANSWER)
 
     def _read(self, topic: str, seconds: float) -> dict[int, dict[str, object]]:
         deadline = time.monotonic() + seconds
         found: dict[int, dict[str, object]] = {}
         for rank in range(self.world):
             key = f"{self._prefix}/{topic}/{rank}"
-            left = max(0.2, deadline - time.monotonic())  # a busy store needs a while to say that a key is there
+            left = max(LOOK, deadline - time.monotonic())
             try:
                 self._store.wait([key], timedelta(seconds=left))
                 found[rank] = json.loads(self._store.get(key))

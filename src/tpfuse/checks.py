@@ -101,16 +101,21 @@ def apart(op: str, first: Tensor, second: Tensor) -> None:
 
 def itself_or_apart(op: str, out: Tensor, x: Tensor, *others: Tensor) -> None:
     """out: the memory of x in its order, or none of the inputs'."""
-    itself = out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
-    if (not itself and share_memory(out, x)) or any(share_memory(out, other) for other in others):
+    if (share_memory(out, x) and not _same_place(out, x)) or any(share_memory(out, other) for other in others):
         raise InvalidArgument(
             f"{op}: out shares memory with an input that it is not; needed: the input itself, or memory of its own."
         )
 
 
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    """Whether elements of equal index are one; both of one shape. A dimension of one has any stride."""
+    steps = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return a is b or (a.data_ptr() == b.data_ptr() and all(one == other for size, one, other in steps if size > 1))
+
+
 def pair_of_outputs(op: str, out: object) -> None:
     """out: two tensors, as tuple or list."""
-    if not isinstance(out, (tuple, list)) or len(out) != 2 or not all(isinstance(y, Tensor) for y in out):
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
         raise InvalidArgument(f"{op}: out is {_told(out)}; needed: a tuple of two tensors, for q and for k.")
 
 
@@ -123,10 +128,15 @@ def _told(given: object) -> str:
 def share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have memory in common. Of views with other strides than each other's, what lies between their
     ends counts as theirs."""
+    if a is b:
+        return a.numel() > 0
     if not a.numel() or not b.numel() or a.device != b.device:
         return False
     step = a.element_size()
-    distance = b.data_ptr() - a.data_ptr()  # bytes: the dtypes, and even the storages of one memory, may be two
+    try:
+        distance = b.data_ptr() - a.data_ptr()  # bytes: the dtypes, and even the storages of one memory, may be two
+    except RuntimeError:  # tensors that stand for others while a graph is traced have no memory
+        return False
     if distance >= _span(a) * step or -distance >= _span(b) * b.element_size():
         return False
     alike = a.stride() == b.stride() and step == b.element_size() and distance % step == 0

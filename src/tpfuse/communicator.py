@@ -220,7 +220,7 @@ class Communicator:
             checks.no_gradient("rms_norm", x=x)
             y = torch.ops.tpfuse.rms_norm(x, weight, self.name, eps, weight_bias)
             return y if out is None else checks.like("rms_norm", out, y).copy_(y)
-        into = out is not None and (traits(out), out is x or between(x, out))
+        into = out is not None and (traits(out), 0 if out is x else between(x, out))
         key = ("rms_norm", traits(x), traits(weight), eps, weight_bias, into)
         served = self._remembered(key)
         if served is None:
@@ -258,7 +258,7 @@ class Communicator:
         rope: rotate the rows before they are rounded, see tpfuse.Rope.
         """
         q_eps, k_eps = pair(eps)
-        if out is not None:
+        if out is not None and (type(out) is not tuple or len(out) != 2):
             checks.pair_of_outputs("qk_rms_norm", out)
         if torch.compiler.is_compiling():
             checks.no_gradient("qk_rms_norm", q=q, k=k)
@@ -313,7 +313,7 @@ class Communicator:
             checks.no_gradient("all_reduce", x=x)
             y = torch.ops.tpfuse.all_reduce(x, self.name)
             return y if out is None else checks.like("all_reduce", out, y).copy_(y)
-        into = out is not None and (traits(out), out is x or between(x, out))
+        into = out is not None and (traits(out), 0 if out is x else between(x, out))
         key = ("all_reduce", traits(x), into)
         served = self._remembered(key)
         if served is None:
@@ -581,9 +581,13 @@ def traits(x: Tensor) -> tuple[Any, ...]:
 
 
 def between(a: Tensor, b: Tensor) -> Any:
-    """How far two tensors of one memory lie apart; None where each has memory of its own."""
-    one = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-    return b.storage_offset() - a.storage_offset() if one else None
+    """How far two tensors of one memory lie apart, in bytes; None where each has memory of its own."""
+    try:
+        distance = b.data_ptr() - a.data_ptr()
+        near = -b.untyped_storage().nbytes() < distance < a.untyped_storage().nbytes()
+    except RuntimeError:  # as in checks.share_memory
+        return None
+    return distance if near else None
 
 
 def beside(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor) -> Any:

@@ -269,7 +269,9 @@ class _Swizzlable(Format):
 
     def _row_major(self, scale: Tensor, values: Tensor) -> Tensor:
         lead, groups = values.shape[:-1], self.groups(values.shape[-1])
-        return unswizzle(scale, prod(lead), groups).view(*lead, groups) if self.swizzles else scale
+        if not self.swizzles or scale.numel() != prod(swizzled_shape(prod(lead), groups)):
+            return scale
+        return unswizzle(scale, prod(lead), groups).view(*lead, groups)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -275,7 +275,7 @@ def _write(made: Object) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        _warn_once(str(error))
+        _warn_once(f"{cache_folder()}: {error.strerror}" if error.strerror else str(error))  # without a file's name
 
 
 @cache
