@@ -37,8 +37,7 @@ class Board:
 
     def __init__(self, group: ProcessGroup, name: str) -> None:
         self.rank, self.world = group.rank(), group.size()
-        # A connection of its own: TCPStore's is locked while anybody waits through it.
-        self._store: Store = _answer(_get_process_group_store(group).clone, ANSWER)  # type: ignore[attr-defined]
+        self._store: Store = _answer(lambda: _connection(_get_process_group_store(group)), ANSWER)
         self._prefix = f"tpfuse/{name}"
 
     def pin(self, topic: str, message: Mapping[str, object]) -> None:
@@ -62,6 +61,15 @@ class Board:
             except RuntimeError:  # not there in time
                 continue
         return found
+
+
+def _connection(store: Store) -> Store:
+    """The store through a connection of its own: a TCPStore's is locked while anybody waits through it."""
+    try:
+        own: Store = store.clone()  # type: ignore[attr-defined]
+    except RuntimeError:  # of a class of somebody's that has none, or the store is lost, which is told when it is asked
+        return store
+    return own
 
 
 def _answer(question: Callable[[], Answer], seconds: float) -> Answer:
