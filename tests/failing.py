@@ -20,8 +20,8 @@ from tpfuse import Communicator, communicator
 from tpfuse.launch import Rank
 
 Settings = dict[str, Any]
-QUICK = 1.0  # the timeout where it has to pass
-LATE = 5.0  # seconds that a busy machine may add
+QUICK = 2.0  # the timeout where it has to pass; ranks that are there must come within it, on a busy machine, too
+LATE = 8.0  # seconds that a busy machine may add; less than the timeouts that must not be waited for
 
 
 @dataclass(frozen=True)

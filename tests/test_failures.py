@@ -76,7 +76,7 @@ def test_a_rank_that_does_not_join_a_call_is_named_in_bounded_time(on_ranks, op,
         if rank != absent:
             assert seen.error == "PeerTimeout"
             assert f"call #1, {op}(5 rows x 48" in seen.message
-            assert f"on rank {rank}: rank {absent} did not arrive within 1 s" in seen.message
+            assert f"on rank {rank}: rank {absent} did not arrive within 2 s" in seen.message
             assert QUICK * 0.9 < seen.seconds < 2 * QUICK + LATE  # the timeout, and as long to hear from the others
 
 
@@ -85,7 +85,7 @@ def test_a_rank_that_does_not_join_a_call_is_named_in_bounded_time(on_ranks, op,
 def test_a_rank_that_does_not_prepare_in_time_is_named_in_bounded_time(on_ranks, odd, late):
     first, second = on_ranks(2, failing.prepares, odd, late, QUICK)[1 - odd]
     assert first.error == second.error == "PeerTimeout"
-    assert f"rank {odd} of 2 did not call prepare(), or make a call that torch.distributed serves, within 1 s" in (
+    assert f"rank {odd} of 2 did not call prepare(), or make a call that torch.distributed serves, within 2 s" in (
         first.message
     )
     assert QUICK * 0.9 < first.seconds < QUICK + LATE
