@@ -291,7 +291,6 @@ def _help_alone(context: typer.Context) -> None:
 
 
 def _device(device: str | None) -> str:
-
     if device not in (None, "cpu", "cuda"):
         raise InvalidArgument(f"--device {device}: supported: cpu, cuda.")
     return device or default_device()

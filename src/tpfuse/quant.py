@@ -183,7 +183,7 @@ class FP8Static(Format):
         return self.scale
 
     def _row_major(self, scale: Tensor, values: Tensor) -> Tensor:
-        return scale.reshape(-1)[:1].expand(*values.shape[:-1], 1) if scale.numel() == 1 else scale
+        return scale.reshape(1).expand(*values.shape[:-1], 1) if scale.numel() == 1 else scale
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -60,7 +60,7 @@ def test_logits_and_collectives(name, world, mode, checkpoint, whole, on_ranks):
         assert rank["calls"] == tiny.expected_calls(name, mode)
 
 
-@pytest.mark.parametrize(("world", "mode"), [(2, "off"), (4, "fused")])
+@pytest.mark.parametrize(("world", "mode"), [(2, "off"), (2, "control"), (4, "fused")])
 @models
 def test_greedy_tokens(name, world, mode, checkpoint, whole, on_ranks):
     for tokens in on_ranks(world, tiny.greedy, checkpoint(name), mode):

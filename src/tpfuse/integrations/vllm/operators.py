@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,17 +27,10 @@ def all_reduce_sum_rms_norm(x: Tensor, weight: Tensor, eps: float, weight_bias: 
 
 
 def all_reduce_rms_norm_quant(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    given: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    quant: str,
-    keep_norm: bool,
+    x: Tensor, residual: Tensor | None, weight: Tensor, given: Tensor | None, *settings: Any
 ) -> list[Tensor]:
-    """What there is of norm, residual, quant and scale, without a scale that is given."""
-    return present(boundary(x, residual, weight, given, eps, weight_bias, quant, keep_norm), given)
+    """What there is of norm, residual, quant and scale, without a scale that is given. settings: as of boundary."""
+    return present(boundary(x, residual, weight, given, *settings), given)
 
 
 def boundary(
