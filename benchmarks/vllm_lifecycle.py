@@ -4,8 +4,7 @@
 
 RUNS says what there is, --only names some of them. Each is a process of its own; OUT/RUN.json keeps its tokens and
 OUT/RUN.log what it said, and a run whose tokens are there is not repeated. `engines` are two in turn in the same worker
-processes. `tpfuse raises` has a Communicator that can't be made. bench_vllm.py is what vllm_tokens.py takes, with
-nemotron_config() besides.
+processes. `tpfuse raises` has a Communicator that can't be made. bench_vllm.py is what vllm_tokens.py takes.
 
 The weights are random, so there is no file to load after sleep of level 2: workers fill them as they did at the start.
 """
@@ -13,9 +12,7 @@ The weights are random, so there is no file to load after sleep of level 2: work
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_tokens import HERE, HOOK, WEIGHTS, execute, keep, kept, load_bench, options, parting, said_in
+from vllm_tokens import HOOK, WEIGHTS, execute, keep, kept, options, parting, prepare, random_prompts, said_in
 
 REQUESTS, INPUT, OUTPUT = 10, 256, 64
 Answers = list[list[int]]  # the tokens of all requests
@@ -42,9 +39,8 @@ class Engine:
     """One of vLLM, and its prompts."""
 
     def __init__(self, arguments: dict[str, Any], vocabulary: int) -> None:
-        self.arguments, tokens = arguments, random.Random(0)
-        rows = [[tokens.randrange(10, vocabulary - 100) for _ in range(INPUT)] for _ in range(REQUESTS)]
-        self.prompts = [{"prompt_token_ids": row} for row in rows]
+        self.arguments = arguments
+        self.prompts = random_prompts(0, REQUESTS, INPUT, vocabulary)
         self.begin()
 
     def begin(self) -> None:
@@ -181,25 +177,16 @@ def report(given: argparse.Namespace, name: str, done: dict[str, dict[str, Answe
 
 def go_through(given: argparse.Namespace, name: str, run: Run) -> None:
     """The process of a run, or one of its ranks."""
-    bench = load_bench(given.bench)
-    sources = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    os.environ |= {"TPFUSE_VLLM": run.mode or "off", "PYTHONPATH": os.pathsep.join(filter(None, sources))}
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_BATCH_INVARIANT": str(int(run.invariant))}
-    sys.path.insert(0, sources[0])
+    os.environ["VLLM_BATCH_INVARIANT"] = str(int(run.invariant))
+    if run.job is engines:
+        os.environ |= {"WORLD_SIZE": str(given.tp), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     with tempfile.TemporaryDirectory() as folder:
         hook = HOOK
         if name == "tpfuse raises":
             hook = Path(folder, "raises.py")
             hook.write_text(RAISES)
-        shape = ("--layers", str(given.layers), "--tp", str(given.tp), "--concurrency", f"1,{REQUESTS}")
-        sys.argv = [str(given.bench), *shape, "--hook", f"{WEIGHTS}:{hook}" if run.mode else str(WEIGHTS), *run.more]
-        asked = bench.parse()
-        bench.set_env(asked)
-        if run.job is engines:
-            os.environ |= {"WORLD_SIZE": str(given.tp), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-        config = bench.nemotron_config(asked.nemotron) if asked.nemotron else bench.minimax_config(given.layers)
-        Path(folder, "config.json").write_text(json.dumps(config))
-        engine = Engine(bench.engine_args(asked, folder, [1, REQUESTS]), config["vocab_size"])
+        hooks = (hook,) if run.mode else ()
+        engine = Engine(*prepare(given, folder, run.mode or "off", hooks, (1, REQUESTS), run.more))
         answers = dict(run.job(engine))
         engine.end()
         if os.environ.get("RANK", "0") == "0":

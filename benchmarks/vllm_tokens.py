@@ -14,9 +14,9 @@ should differ no more than `stock, again`.
 `stock` in this request: so all rows are about the same tokens.
 vllm_weights.py gives each rank weights of its own: with equal ones every order of a sum is exact.
 
-bench_vllm.py, which is given by its path, brings the environment and the model: parse(), set_env(), engine_args() and
-minimax_config(). The engine's core runs in the process of the run, which admits all requests before its first step:
-otherwise batches, and so tokens, depend on when a request arrives.
+bench_vllm.py, which is given by its path, brings the environment and the model: parse(), set_env(), engine_args(),
+minimax_config() and nemotron_config(). The engine's core runs in the process of the run, which admits all requests
+before its first step: otherwise batches, and so tokens, depend on when a request arrives.
 """
 
 from __future__ import annotations
@@ -200,34 +200,18 @@ def parting(a: list[int], b: list[int]) -> int:
 def generate(given: argparse.Namespace) -> None:
     """The process of one run: makes the engine, and writes the tokens of all requests."""
     mode, hooked, more = RUNS[given.run]
-    bench = load_bench(given.bench)
-    os.environ["TPFUSE_VLLM"] = mode
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    sources = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sources))
-    shape = ("--layers", str(given.layers), "--tp", str(given.tp), "--concurrency", given.concurrency)
-    sys.argv = [str(given.bench), *shape, "--hook", f"{WEIGHTS}:{HOOK}" if hooked else str(WEIGHTS), *more]
-    asked = bench.parse()
-    bench.set_env(asked)
-    sys.path.insert(0, str(HERE.parent / "src"))
-    config = bench.minimax_config(given.layers)
     concurrency = [int(n) for n in given.concurrency.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(config))
+        arguments, vocabulary = prepare(given, folder, mode, (HOOK,) if hooked else (), concurrency, more)
         from vllm import LLM, SamplingParams
 
-        llm = LLM(**bench.engine_args(asked, folder, concurrency))
+        llm = LLM(**arguments)
         greedy = SamplingParams(
             temperature=0.0, max_tokens=given.output_len, ignore_eos=True, detokenize=False, logprobs=1
         )
         answers: Answers = {}
         for n in concurrency:
-            generator = random.Random(n)
-            lengths = range(given.input_len)
-            prompts = [
-                {"prompt_token_ids": [generator.randrange(10, config["vocab_size"] - 100) for _ in lengths]}
-                for _ in range(n)
-            ]
+            prompts = random_prompts(n, n, given.input_len, vocabulary)
             outputs = [output.outputs[0] for output in llm.generate(prompts, greedy, use_tqdm=False)]
             answers[str(n)] = [answer_of(list(output.token_ids), output.logprobs) for output in outputs]
         llm.llm_engine.engine_core.shutdown()  # the next run needs the memory of the GPUs
@@ -236,6 +220,37 @@ def generate(given: argparse.Namespace) -> None:
 
 def answer_of(tokens: list[int], log_p: list[Any]) -> Answer:
     return Answer(tokens, [likely[token].logprob for token, likely in zip(tokens, log_p, strict=True)])
+
+
+def prepare(
+    given: argparse.Namespace,
+    folder: str,
+    mode: str,
+    hooks: Sequence[Path],
+    concurrency: Sequence[int],
+    more: Sequence[str] = (),
+) -> tuple[dict[str, Any], int]:
+    """What vllm.LLM is to be made with, and how many tokens its model knows. Sets this process's environment for it, so
+    vllm must not have been imported. mode: TPFUSE_VLLM. hooks: besides that for weights. folder: for the model."""
+    bench = load_bench(given.bench)
+    sources = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {"TPFUSE_VLLM": mode, "PYTHONPATH": os.pathsep.join(filter(None, sources))}
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    sys.path.insert(0, sources[0])
+    shape = ("--layers", str(given.layers), "--tp", str(given.tp), "--concurrency", ",".join(map(str, concurrency)))
+    sys.argv = [str(given.bench), *shape, "--hook", ":".join(map(str, (WEIGHTS, *hooks))), *more]
+    asked = bench.parse()
+    bench.set_env(asked)
+    config = bench.nemotron_config(asked.nemotron) if asked.nemotron else bench.minimax_config(given.layers)
+    Path(folder, "config.json").write_text(json.dumps(config))
+    return bench.engine_args(asked, folder, list(concurrency)), config["vocab_size"]
+
+
+def random_prompts(seed: int, count: int, length: int, vocabulary: int) -> list[Any]:
+    """Equal ones in all runs."""
+    tokens = random.Random(seed)
+    rows = [[tokens.randrange(10, vocabulary - 100) for _ in range(length)] for _ in range(count)]
+    return [{"prompt_token_ids": row} for row in rows]
 
 
 def load_bench(path: Path) -> Any:

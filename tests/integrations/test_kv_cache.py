@@ -116,10 +116,10 @@ def off(found: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("indexer", [None, INDEXER], ids=["all keys", "selected keys"])
 @pytest.mark.parametrize("share", [1, 4])
-@pytest.mark.parametrize(("dtype", "ulps"), [(torch.bfloat16, 3), (torch.float32, 16)], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("dtype", "ulps"), [(torch.bfloat16, 3), (torch.float32, 24)], ids=["bf16", "fp32"])
 def test_attention_is_exact(dtype, ulps, share, indexer, name, device):
     """With masks and without, in ulps of the largest entry of a head. Measured on CPUs: bf16 1.3, fp32 6.4, and between
-    the two ways 1 and 5."""
+    the two ways 1 and 5; fp32 on an H200: 16.7, where values cancel to a small entry."""
     new = BATCHES[name]
     free, masked = (Given(dtype, share, indexer, device).attend(new, masks) for masks in (False, True))
     for slot, count in new.items():

@@ -15,7 +15,8 @@ from pathlib import Path
 
 def parse():
     known = argparse.ArgumentParser()
-    known.add_argument("--hook", default="")
+    for name in ("hook", "nemotron"):
+        known.add_argument(f"--{name}", default="")
     return known.parse_known_args()[0]
 
 def set_env(asked):
