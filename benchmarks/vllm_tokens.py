@@ -10,6 +10,8 @@ Runs: `stock`; `stock, again`; `stock, NCCL`, where vLLM's all-reduce is NCCL's,
 of another order round differently, and greedy tokens part where two are nearly as likely. So `stock` against
 `stock, NCCL` is the noise floor that `stock` against `fused` is to be read beside. `control` has vLLM's kernels and
 should differ no more than `stock, again`.
+In bf16 that is after some ten tokens. With --fp32 they round 2^-16 as coarsely, so that only ties within that, or a
+defect, make tokens part.
 |log p| is how far apart two runs are in the log probability of the most likely token, up to where any run parts from
 `stock` in this request: so all rows are about the same tokens.
 vllm_weights.py gives each rank weights of its own: with equal ones every order of a sum is exact.
@@ -47,6 +49,7 @@ RUNS = {
     "control": ("control", True, ()),
     "fused": ("fused", True, ()),
 }
+FP32 = ("--attn", "TRITON_ATTN", "--engine", '{"dtype": "float32"}')
 COMPARISONS = (*(("stock", run) for run in RUNS if run != "stock"), ("control", "fused"))
 
 
@@ -65,6 +68,7 @@ def main() -> int:
     parser.add_argument("--concurrency", default="1,10,64")
     parser.add_argument("--input-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=256)
+    parser.add_argument("--fp32", action="store_true", help="all in fp32, without TF32; attention by Triton")
     given = parser.parse_args()
     if given.run:
         generate(given)
@@ -152,7 +156,8 @@ def kept(path: Path, settings: list[Any]) -> Any:
 
 
 def settings(given: argparse.Namespace) -> list[Any]:
-    return [WEIGHTS.name, given.layers, given.tp, given.concurrency, given.input_len, given.output_len]
+    made = [WEIGHTS.name, given.layers, given.tp, given.concurrency, given.input_len, given.output_len]
+    return [*made, "fp32"] if given.fp32 else made
 
 
 def table(runs: dict[str, Answers]) -> str:
@@ -200,6 +205,9 @@ def parting(a: list[int], b: list[int]) -> int:
 def generate(given: argparse.Namespace) -> None:
     """The process of one run: makes the engine, and writes the tokens of all requests."""
     mode, hooked, more = RUNS[given.run]
+    if given.fp32:
+        os.environ["TRITON_F32_DEFAULT"] = "ieee"
+        more = (*more, *FP32)
     concurrency = [int(n) for n in given.concurrency.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         arguments, vocabulary = prepare(given, folder, mode, (HOOK,) if hooked else (), concurrency, more)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 def parse():
     known = argparse.ArgumentParser()
-    for name in ("hook", "nemotron"):
+    for name in ("hook", "nemotron", "engine", "attn"):
         known.add_argument(f"--{name}", default="")
     return known.parse_known_args()[0]
 
