@@ -15,6 +15,7 @@ defect, make tokens part.
 |log p| is how far apart two runs are in the log probability of the most likely token, up to where any run parts from
 `stock` in this request: so all rows are about the same tokens.
 vllm_weights.py gives each rank weights of its own: with equal ones every order of a sum is exact.
+Inductor must not choose kernels by their speed, or two runs of one mode add up in different orders.
 
 bench_vllm.py, which is given by its path, brings the environment and the model: parse(), set_env(), engine_args(),
 minimax_config() and nemotron_config(). The engine's core runs in the process of the run, which admits all requests
@@ -156,7 +157,7 @@ def kept(path: Path, settings: list[Any]) -> Any:
 
 
 def settings(given: argparse.Namespace) -> list[Any]:
-    made = [WEIGHTS.name, given.layers, given.tp, given.concurrency, given.input_len, given.output_len]
+    made = ["deterministic", WEIGHTS.name, given.layers, given.tp, given.concurrency, given.input_len, given.output_len]
     return [*made, "fp32"] if given.fp32 else made
 
 
@@ -205,6 +206,7 @@ def parting(a: list[int], b: list[int]) -> int:
 def generate(given: argparse.Namespace) -> None:
     """The process of one run: makes the engine, and writes the tokens of all requests."""
     mode, hooked, more = RUNS[given.run]
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
     if given.fp32:
         os.environ["TRITON_F32_DEFAULT"] = "ieee"
         more = (*more, *FP32)
