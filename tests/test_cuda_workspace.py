@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +92,42 @@ def test_nothing_is_needed_to_import_the_backend(monkeypatch: pytest.MonkeyPatch
     assert workspace.place(0) == Place(error=cuda.missing() or "")
     with pytest.raises(Unsupported, match="pip install"):
         cuda.driver()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver, as far as place() asks it."""
+    answers = types.SimpleNamespace(cuDeviceGetCount=lambda: (0, 1), cuDeviceGetName=lambda *_: (0, b"H200\0"))
+    for name, stand_in in {
+        "missing": lambda: None,
+        "driver": lambda: answers,
+        "handle": lambda device: device,
+        "gpu_uuid": lambda device: f"GPU-{device}",
+        "attribute": lambda *_: 132,
+        "arch_of": lambda _: "sm_90a",
+    }.items():
+        monkeypatch.setattr(workspace, name, stand_in)
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_peer_access_that_the_user_has_switched_off_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not workspace.place(0).error
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert workspace.place(0).error.startswith("NCCL_P2P_DISABLE=1 is set")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_kernels_that_could_not_be_loaded_later_are_told_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    folder.chmod(0o770)
+    monkeypatch.setenv("TPFUSE_CACHE_DIR", str(folder))
+    assert "can be written by others (mode 770): chmod go-w" in workspace.place(0).error
+    monkeypatch.setenv("TPFUSE_CACHE_DIR", "/proc/nowhere/kernels")  # not kept then, which is a warning
+    assert not workspace.place(0).error
 
 
 def ask(rank: Rank, declining: int) -> str | None:

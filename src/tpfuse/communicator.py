@@ -113,6 +113,7 @@ class Communicator:
             )
             self.plan = Plan(mode, backend, self.world, routes)
             agree(self._board, {"plan": self.plan.fingerprint}, self.timeout, "plan")
+            agree(self._board, {}, self.timeout, "plan, all there")  # see prepare(): the others may have given up
             self._collective = Collective(self.group, self.device, self.transport, self.timeout, mode, self._fail)
         except BaseException:
             if self._cuda is not None:
@@ -156,7 +157,7 @@ class Communicator:
 
     def prepare(self) -> None:
         """Make everything ready that later calls need. Collective; call it before capturing a CUDA graph."""
-        self._check_usable()
+        self.check()
         if self._prepared:
             return
         # Before torch.distributed connects the ranks: its own wait for one that does not come takes minutes. Twice,
@@ -487,7 +488,7 @@ class Communicator:
 
     def _begin(self, served: Served) -> Collective | CudaBackend | None:
         """Announce a call, count it, and return who serves it; None: there are no rows to work on."""
-        self._check_usable()
+        self.check()
         call, counter = served.call, served.counter
         capturing = self._gpu and torch.cuda.is_current_stream_capturing()
         if self._gpu and not self._prepared and not served.own_kernels:  # the same on every rank, as routes are
@@ -522,7 +523,12 @@ class Communicator:
             found = self._counters[id(route)] = Counter(route)
         return found
 
-    def _check_usable(self) -> None:
+    def check(self) -> None:
+        """Raise if a call has failed: for programs that replay CUDA graphs, as a replay raises nothing by itself.
+
+        Reads host memory, so it costs next to nothing and tells of what the device has done so far. Every call asks it.
+        Raises CommunicatorClosed, PeerTimeout, RankMismatch.
+        """
         if self._closed:
             raise CommunicatorClosed(f"communicator {self.name} is closed; make a new one.")
         if self._failure is not None:

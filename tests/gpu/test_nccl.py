@@ -51,7 +51,7 @@ def call_with_rows(rank: Rank, counts: list[int], timeout: float) -> tuple[str, 
         deadline = time.monotonic() + 4 * timeout
         message = ""
         while not message and time.monotonic() < deadline and counts[rank.rank]:
-            message = error_of(comm._check_usable)
+            message = error_of(comm.check)
             time.sleep(0.05)
         return message, time.monotonic() - began
 

@@ -50,6 +50,11 @@ def test_the_attention_of_minimax_m2_is_the_known_one(on_ranks):
     assert found == qk_norm.FORWARD
 
 
+def test_steps_of_workers_ask_whether_a_kernel_gave_up(on_ranks):
+    (asking,) = on_ranks(1, jobs.steps_that_ask)
+    assert asking == ["execute_model", "sample_tokens", "execute_dummy_batch", "enqueue_output"]
+
+
 def test_functions_that_models_call_are_served(on_ranks):
     for results in on_ranks(2, jobs.boundary_functions):
         assert "fused_allreduce_gemma_rms_norm" in [result["name"] for result in results]

@@ -96,6 +96,21 @@ def two_groups(rank: Rank, what: str) -> dict[str, Any]:
         return {"ranks": worker.engaged.group.ranks, "found": worker.found, "total": total}
 
 
+def steps_that_ask(rank: Rank) -> list[str]:
+    from vllm.v1.executor.multiproc_executor import WorkerProc
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from tpfuse.integrations.vllm import failures
+
+    failures.install()
+    return [
+        name
+        for owner, names in ((Worker, failures.STEPS), (WorkerProc, ("enqueue_output",)))
+        for name in names
+        if hasattr(getattr(owner, name), "tpfuse_stock")
+    ]
+
+
 def qk_norm(rank: Rank) -> dict[str, Any]:
     """vLLM's operator through tpfuse, and its own arithmetic; ranks bring rows of very different size."""
     from vllm.model_executor.layers.minimax_rms_norm import rms_norm_tp

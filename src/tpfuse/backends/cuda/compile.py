@@ -34,6 +34,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -221,6 +222,12 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("TPFUSE_CACHE_DIR"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpfuse"
+
+
+def check_folder() -> None:
+    """Raise TpfuseError where kernels could not be loaded from the cache folder, as others may write to it."""
+    with suppress(OSError):
+        _safe_folder()
 
 
 def _safe_folder() -> Path:

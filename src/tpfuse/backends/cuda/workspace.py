@@ -45,7 +45,7 @@ from typing import Any, NamedTuple
 
 from tpfuse.agreement import GRACE, Board, ranks
 from tpfuse.backends.cuda import attribute, check, context, driver, handle, missing, on_device
-from tpfuse.backends.cuda.compile import arch_of
+from tpfuse.backends.cuda.compile import arch_of, check_folder
 from tpfuse.errors import InvalidArgument, PeerTimeout, RankMismatch, TpfuseError, Unsupported
 
 MAX_WORLD = 8
@@ -111,6 +111,8 @@ def decline(board: Board, reason: str) -> None:
 def place(device: int) -> Place:
     """This rank's facts. Asks the driver and NVRTC only; makes no context."""
     reason = missing()
+    if reason is None and os.environ.get("NCCL_P2P_DISABLE") == "1":
+        reason = "NCCL_P2P_DISABLE=1 is set, which says that peer access does not work here"
     if reason is not None:
         return Place(error=reason)
     try:
@@ -125,7 +127,9 @@ def place(device: int) -> Place:
         }
         name = check("cuDeviceGetName", module.cuDeviceGetName(128, handle(device))).split(b"\0")[0].decode()
         model = f"{name} with {attribute(device, 'MULTIPROCESSOR_COUNT')} multiprocessors"
-        arch_of(device)  # needs NVRTC, which one rank's environment may lack: here all ranks hear of it
+        # What one rank's environment may lack: here all ranks hear of it, and before they rely on each other.
+        arch_of(device)  # needs NVRTC
+        check_folder()
         return Place("", host(), device, gpu_uuid(device), model, reach)
     except TpfuseError as error:
         return Place(error=str(error))

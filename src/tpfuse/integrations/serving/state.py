@@ -10,15 +10,21 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from tpfuse import reference
 from tpfuse.backends.cuda import all_reduce, sharded_norm
+from tpfuse.backends.cuda.workspace import agree_on
 from tpfuse.checks import DTYPES
 from tpfuse.communicator import Communicator
-from tpfuse.errors import CommunicatorClosed
+from tpfuse.errors import CommunicatorClosed, first_line
 
 # Ranks may be minutes apart at their first forward, where one of them compiles and another finds its graphs in a cache.
 TIMEOUT = 300.0
+# The same calls on all ranks before anything relies on them: rows of one-shot and of two-shot, and seconds for each.
+TRIAL_ROWS, TRIAL_WIDTH, TRIAL_TIMEOUT = (4, 1600), 1024, 30.0
+TRIAL_RESULTS = ("all_reduce_rms_norm's norm", "all_reduce_rms_norm's residual", "rms_norm")
 
 QK_NORM, BOUNDARY = "QK norm", "all-reduce + norm"
 EXPERTS = "sum over experts"  # in the latter
@@ -125,15 +131,57 @@ def _engaged(engine: str, mode: str, group: Any, against: str) -> Engaged:
     if mode == "control":
         return Engaged(engine, mode, "control", "", group)
     try:
-        comm = Communicator(group.device_group, mode="fused", timeout=TIMEOUT)
+        reason = _tried(group.device_group)
+        if not reason:
+            comm = Communicator(group.device_group, mode="fused", timeout=TIMEOUT)
     except Exception as error:
-        return Engaged(engine, mode, "off", f"{type(error).__name__}: {error}", group)
-    plan = comm.plan
-    if plan.effective_mode == "fused":
-        return Engaged(engine, mode, "fused", "", group, comm)
-    reasons = sorted({route.reason for route in plan.routes if route.reason})
-    comm.close()
-    return Engaged(engine, mode, "off", "; ".join(reasons), group)
+        reason = f"{type(error).__name__}: {error}"
+    return Engaged(engine, mode, "off", reason, group) if reason else Engaged(engine, mode, "fused", "", group, comm)
+
+
+def _tried(group: Any) -> str:
+    """Why the kernels can't be relied on, the same on every rank; empty if they can. Collective.
+
+    That ranks can map each other's memory does not say that what they write arrives: with an IOMMU between them it may
+    not. Here that is found in seconds, and while the engine's own path is still there."""
+    with Communicator(group, mode="fused", timeout=TRIAL_TIMEOUT) as comm:
+        if comm.plan.effective_mode != "fused":
+            return "; ".join(sorted({route.reason for route in comm.plan.routes if route.reason}))
+        try:
+            wrong = trial(comm)
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {first_line(error)}"
+        # A rank that is right waits for one whose kernels wait, each for its time.
+        return agree_on(comm._board, "trial", wrong, 4 * TRIAL_TIMEOUT) or ""
+
+
+def trial(comm: Communicator) -> str:
+    """What is not the contract's in a few small calls; empty if all is."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(count: int) -> Tensor:
+        drawn = torch.randn(count, TRIAL_WIDTH, generator=generator, device="cpu", dtype=torch.float32)
+        return drawn.to(comm.device, torch.bfloat16)
+
+    weight = rows(1)[0]
+    for count in TRIAL_ROWS:
+        xs, residual = [rows(count) for _ in range(comm.world)], rows(count)
+        x, norms = xs[comm.rank], reference.rms_norm(xs, [weight] * comm.world)
+        found = (*comm.all_reduce_rms_norm(x, weight, residual=residual)[:2], comm.rms_norm(x, weight))
+        wanted = (*reference.all_reduce_rms_norm(xs, weight, residual=residual)[:2], norms[comm.rank])
+        right = [torch.equal(*both) for both in zip(found, wanted, strict=True)]  # type: ignore[arg-type]
+        comm.check()  # the kernels are done: if one has given up, that says more
+        if not all(right):
+            wrong = TRIAL_RESULTS[right.index(False)]
+            return f"{wrong} of {count} rows is wrong on these GPUs; `tpfuse check --device cuda` says more"
+    return ""
+
+
+def check() -> None:
+    """Raise if a kernel of this worker has given up. For engines that replay graphs: replays raise nothing by
+    themselves."""
+    if current is not None and current.comm is not None:
+        current.comm.check()
 
 
 def disengage() -> None:

@@ -8,7 +8,7 @@ Design record
 - The group is that of attention TP: the QK norm's, and without data-parallel attention also that of the whole TP.
 - Applying hooks late is what the registry allows: targets that are applied already are skipped.
 - Whatever raises here is logged once, and SGLang goes on with its own path. What is decided from facts that differ
-  between ranks is decided inside of Communicator(), which all ranks leave with the same answer.
+  between ranks is decided while a Communicator is made and tried, which all ranks leave with the same answer.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tpfuse.integrations.sglang import hooks
 from tpfuse.integrations.sglang.hooks import ENGINE, LOG, NAME
 
 PARALLEL = "sglang.srt.distributed.parallel_state"
+FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
 EVENT_LOOP = "sglang.srt.managers.scheduler.Scheduler.run_event_loop"
 # modules beside this one, each with an install(), and what they replace
 FEATURES = {"qk_norm": "QK norm", "boundary": "all-reduce + norm"}
@@ -82,6 +83,7 @@ def _engage(mode: str, parallel_state: Any, given: dict[str, Any]) -> None:
         return
     for feature, what in FEATURES.items():
         guarded(what, lambda name=feature: import_module(f"tpfuse.integrations.sglang.{name}").install())  # type: ignore[misc]
+    guarded("errors of kernels in graphs", lambda: hooks.place(FORWARD, _checked))
     guarded("the report after capture", lambda: hooks.place(EVENT_LOOP, _report))
     LOG.info("%s", engaged)
 
@@ -90,6 +92,14 @@ def _disengage() -> None:
     state = worker_state()
     if state is not None:
         state.disengage()
+
+
+def _checked(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A step of a worker, which may replay a graph: a kernel that gave up in an earlier one is an error here."""
+    from tpfuse.integrations.serving import state
+
+    state.check()
+    return stock(*args, **kwargs)
 
 
 def _report(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

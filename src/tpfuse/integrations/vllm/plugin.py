@@ -9,7 +9,9 @@ Design record
 - vLLM keys compiled graphs by configuration and by `envs.compile_factors()`, not by its passes alone: with the AOT
   cache a pass never runs. So our mode and sources become a factor there. Where that can't be done, tpfuse stays out.
 - Whatever raises here is logged once, and vLLM goes on with its own path. What is decided from facts that differ
-  between ranks is decided inside of Communicator(), which all ranks leave with the same answer.
+  between ranks is decided while a Communicator is made and tried, which all ranks leave with the same answer.
+- --disable-custom-all-reduce is not taken as a word against peer access: 0.24 sets it itself in batch-invariant mode
+  and on several nodes. NCCL_P2P_DISABLE is.
 """
 
 from __future__ import annotations
@@ -128,6 +130,7 @@ def _engage(mode: str, parallel_state: Any) -> None:
     for feature, what in FEATURES.items():
         if not guarded(what, lambda name=feature: import_module(f"tpfuse.integrations.vllm.{name}").install()):  # type: ignore[misc]
             _missing.append(feature)
+    guarded("errors of kernels in graphs", lambda: import_module("tpfuse.integrations.vllm.failures").install())
     guarded("what vLLM compiles", lambda: _look_at_compilation(engaged))
     guarded("the report after warm-up", _report_after_warm_up)
     LOG.info("%s", engaged)
