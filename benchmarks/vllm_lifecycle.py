@@ -3,8 +3,9 @@
     python benchmarks/vllm_lifecycle.py --bench PATH/bench_vllm.py --out lifecycle --layers 2 --tp 4
 
 RUNS says what there is, --only names some of them. Each is a process of its own; OUT/RUN.json keeps its tokens and
-OUT/RUN.log what it said, and a run whose tokens are there is not repeated. `engines` are two in turn in the same worker
-processes. `tpfuse raises` has a Communicator that can't be made. bench_vllm.py is what vllm_tokens.py takes.
+OUT/RUN.log what it said, and a run whose tokens are there is not repeated. Tokens that differ are told, and no error.
+`engines` are two in turn in the same worker processes. `tpfuse raises` has a Communicator that can't be made.
+bench_vllm.py is what vllm_tokens.py takes.
 
 The weights are random, so there is no file to load after sleep of level 2: workers fill them as they did at the start.
 """
@@ -16,11 +17,23 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_tokens import HOOK, WEIGHTS, execute, keep, kept, options, parting, prepare, random_prompts, said_in
+from vllm_tokens import (
+    HOOK,
+    WEIGHTS,
+    arguments,
+    came_to,
+    execute,
+    keep,
+    kept,
+    options,
+    parting,
+    prepare,
+    random_prompts,
+    said_in,
+)
 
 REQUESTS, INPUT, OUTPUT = 10, 256, 64
 Answers = list[list[int]]  # the tokens of all requests
@@ -112,7 +125,7 @@ class Run(NamedTuple):
     effective: str = "fused"
 
     def came_out(self, said: Sequence[str]) -> bool:
-        return not self.mode or any(f"effective {self.effective}" in line for line in said[-1:])
+        return came_to(self.mode and self.effective, said)
 
 
 HYBRID = ("--nemotron", "MEM*EMEM")
@@ -133,15 +146,13 @@ RUNS = {
 def main() -> int:
     parser = options(__doc__, RUNS, layers=2)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="the runs; default: all")
-    parser.add_argument("--at-once", type=int, default=1, help="runs at the same time; vLLM must find memory for them")
-    given = parser.parse_args()
+    given = arguments(parser)
     if given.run:
         go_through(given, given.run, RUNS[given.run])
         return 0
-    given.out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(given.at_once) as pool:
-        done = dict(zip(given.only, pool.map(lambda name: outcome(given, name), given.only), strict=True))
+    done: dict[str, dict[str, Answers]] = {}
     for name in given.only:
+        done[name] = outcome(given, name)
         print("\n".join(report(given, name, done)), flush=True)
     return not all(done.values())
 
@@ -165,6 +176,8 @@ def report(given: argparse.Namespace, name: str, done: dict[str, dict[str, Answe
     yield f"{name}: {said[-1] if said else 'without tpfuse'}"
     base = RUNS[name].like
     tokens = done.get(base, {}).get("served")
+    if base and done[name] and not tokens:
+        yield f"    not compared: there are no answers of {base}"
     for what, found in done[name].items():
         if tokens:
             parted = [at for ours, theirs in zip(found, tokens, strict=True) if (at := parting(ours, theirs))]
@@ -186,7 +199,7 @@ def go_through(given: argparse.Namespace, name: str, run: Run) -> None:
             hook = Path(folder, "raises.py")
             hook.write_text(RAISES)
         hooks = (hook,) if run.mode else ()
-        engine = Engine(*prepare(given, folder, run.mode or "off", hooks, (1, REQUESTS), run.more))
+        engine = Engine(*prepare(given, folder, run.mode, hooks, (1, REQUESTS), run.more))
         answers = dict(run.job(engine))
         engine.end()
         if os.environ.get("RANK", "0") == "0":

@@ -18,8 +18,9 @@ vllm_weights.py gives each rank weights of its own: with equal ones every order 
 Inductor must not choose kernels by their speed, or two runs of one mode add up in different orders.
 
 bench_vllm.py, which is given by its path, brings the environment and the model: parse(), set_env(), engine_args(),
-minimax_config() and nemotron_config(). The engine's core runs in the process of the run, which admits all requests
-before its first step: otherwise batches, and so tokens, depend on when a request arrives.
+minimax_config() and nemotron_config(). parse() must know --layers, --tp, --concurrency, --hook, --engine, --attn,
+--gpu-mem, --no-custom-ar, --compilation and --nemotron. The engine's core runs in the process of the run, which admits
+all requests before its first step: otherwise batches, and so tokens, depend on when a request arrives.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS, HOOK = HERE / "vllm_weights.py", HERE / "vllm_hook.py"
-# run: TPFUSE_VLLM, whether tpfuse is hooked in, what bench_vllm.py is told besides
+# run: the mode of tpfuse, "" where it is not even there; what bench_vllm.py is told besides
 RUNS = {
-    "stock": ("off", False, ()),
-    "stock, again": ("off", False, ()),
-    "stock, NCCL": ("off", False, ("--no-custom-ar",)),
-    "control": ("control", True, ()),
-    "fused": ("fused", True, ()),
+    "stock": ("", ()),
+    "stock, again": ("", ()),
+    "stock, NCCL": ("", ("--no-custom-ar",)),
+    "control": ("control", ()),
+    "fused": ("fused", ()),
 }
 FP32 = ("--attn", "TRITON_ATTN", "--engine", '{"dtype": "float32"}')
 COMPARISONS = (*(("stock", run) for run in RUNS if run != "stock"), ("control", "fused"))
@@ -66,15 +67,14 @@ Answers = dict[str, list[Answer]]  # by concurrency
 
 def main() -> int:
     parser = options(__doc__, RUNS, layers=4)
-    parser.add_argument("--concurrency", default="1,10,64")
+    parser.add_argument("--concurrency", type=numbers, default=[1, 10, 64])
     parser.add_argument("--input-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--fp32", action="store_true", help="all in fp32, without TF32; attention by Triton")
-    given = parser.parse_args()
+    given = arguments(parser)
     if given.run:
         generate(given)
         return 0
-    given.out.mkdir(parents=True, exist_ok=True)
     failed = [run for run in RUNS if not done(given, run)]
     print(table({run: load(given, run) for run in RUNS if run not in failed}))
     for run in failed:
@@ -86,12 +86,33 @@ def options(about: str | None, runs: Iterable[str], layers: int) -> argparse.Arg
     """What the scripts that run vLLM are told alike."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", type=Path, required=True, help="bench_vllm.py")
-    parser.add_argument("--out", type=Path, required=True, help="folder of tokens and logs")
+    parser.add_argument("--out", type=Path, required=True, help="folder of results and logs")
     parser.add_argument("--layers", type=int, default=layers)
     parser.add_argument("--tp", type=int, default=4)
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds of a run, then it is killed; default: 900")
+    parser.add_argument(
+        "--limit", type=float, default=900.0, help="seconds to wait, then a run is killed; default: 900"
+    )
     parser.add_argument("--run", choices=list(runs), help=argparse.SUPPRESS)  # a process of one run
     return parser
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What the command is told, and the folder for its results. SIGTERM ends it like an exception, so that it kills
+    its runs."""
+    given = parser.parse_args()
+    if not given.bench.is_file():
+        parser.error(f"--bench {given.bench}: no file there")
+    given.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    return given
+
+
+def numbers(text: str) -> list[int]:
+    """The type of an option such as 1,10,64."""
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise ValueError
+    return found
 
 
 def execute(run: str, log: Path, limit: float, ranks: Sequence[dict[str, str]] = ({},)) -> None:
@@ -122,20 +143,29 @@ def said_in(log: Path) -> list[str]:
     return [line.partition("tpfuse, ")[2] for line in lines if "tpfuse, rank 0 of" in line]
 
 
+def came_to(mode: str, said: Sequence[str]) -> bool:
+    """Whether a run was what it is called; "": without tpfuse. A fused one has fused something."""
+    if not mode or not said:
+        return not (mode or said)
+    nothing = "0 of 0 QK norms fused, 0 of 0 all-reduce + norms fused" in said[-1]
+    return f"effective {mode}" in said[-1] and not (mode == "fused" and nothing)
+
+
 def path_of(given: argparse.Namespace, run: str, suffix: str) -> Path:
     return Path(given.out, f"{run.replace(', ', '-')}.{suffix}")
 
 
 def done(given: argparse.Namespace, run: str) -> bool:
     """Make sure that there are tokens of a run, made as it is called."""
-    mode, hooked, _ = RUNS[run]
     log, tokens = path_of(given, run, "log"), path_of(given, run, "json")
     began = time.monotonic()
-    if not tokens.exists():
+    if tokens.exists():
+        load(given, run)  # of other settings: said before anything else runs
+    else:
         execute(run, log, given.limit)
-    last = (said_in(log) or ["without tpfuse"])[-1]
-    print(f"{run}: {time.monotonic() - began:.0f} s; {last}", flush=True)
-    return tokens.exists() and hooked == (f"effective {mode}" in last)
+    said = said_in(log)
+    print(f"{run}: {time.monotonic() - began:.0f} s; {(said or ['without tpfuse'])[-1]}", flush=True)
+    return tokens.exists() and came_to(RUNS[run][0], said)
 
 
 def load(given: argparse.Namespace, run: str) -> Answers:
@@ -157,7 +187,8 @@ def kept(path: Path, settings: list[Any]) -> Any:
 
 
 def settings(given: argparse.Namespace) -> list[Any]:
-    made = ["deterministic", WEIGHTS.name, given.layers, given.tp, given.concurrency, given.input_len, given.output_len]
+    asked = ",".join(map(str, given.concurrency))
+    made = ["deterministic", WEIGHTS.name, given.layers, given.tp, asked, given.input_len, given.output_len]
     return [*made, "fp32"] if given.fp32 else made
 
 
@@ -205,22 +236,21 @@ def parting(a: list[int], b: list[int]) -> int:
 
 def generate(given: argparse.Namespace) -> None:
     """The process of one run: makes the engine, and writes the tokens of all requests."""
-    mode, hooked, more = RUNS[given.run]
+    mode, more = RUNS[given.run]
     os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
     if given.fp32:
         os.environ["TRITON_F32_DEFAULT"] = "ieee"
         more = (*more, *FP32)
-    concurrency = [int(n) for n in given.concurrency.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        arguments, vocabulary = prepare(given, folder, mode, (HOOK,) if hooked else (), concurrency, more)
+        made_with, vocabulary = prepare(given, folder, mode, (HOOK,) if mode else (), given.concurrency, more)
         from vllm import LLM, SamplingParams
 
-        llm = LLM(**arguments)
+        llm = LLM(**made_with)
         greedy = SamplingParams(
             temperature=0.0, max_tokens=given.output_len, ignore_eos=True, detokenize=False, logprobs=1
         )
         answers: Answers = {}
-        for n in concurrency:
+        for n in given.concurrency:
             prompts = random_prompts(n, n, given.input_len, vocabulary)
             outputs = [output.outputs[0] for output in llm.generate(prompts, greedy, use_tqdm=False)]
             answers[str(n)] = [answer_of(list(output.token_ids), output.logprobs) for output in outputs]
@@ -241,10 +271,11 @@ def prepare(
     more: Sequence[str] = (),
 ) -> tuple[dict[str, Any], int]:
     """What vllm.LLM is to be made with, and how many tokens its model knows. Sets this process's environment for it, so
-    vllm must not have been imported. mode: TPFUSE_VLLM. hooks: besides that for weights. folder: for the model."""
+    vllm must not have been imported. mode: "" is TPFUSE_VLLM=off. hooks: besides that for weights.
+    folder: for the model."""
     bench = load_bench(given.bench)
     sources = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    os.environ |= {"TPFUSE_VLLM": mode, "PYTHONPATH": os.pathsep.join(filter(None, sources))}
+    os.environ |= {"TPFUSE_VLLM": mode or "off", "PYTHONPATH": os.pathsep.join(filter(None, sources))}
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     sys.path.insert(0, sources[0])
     shape = ("--layers", str(given.layers), "--tp", str(given.tp), "--concurrency", ",".join(map(str, concurrency)))
@@ -265,8 +296,8 @@ def random_prompts(seed: int, count: int, length: int, vocabulary: int) -> list[
 
 def load_bench(path: Path) -> Any:
     spec = spec_from_file_location("bench_vllm", path)
-    if spec is None or spec.loader is None or not path.exists():
-        raise SystemExit(f"--bench {path}: no Python file there")
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"--bench {path}: no Python file")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -91,6 +91,12 @@ def test_version() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"tpfuse {tpfuse.__version__}\n", "")
 
 
+def test_the_package_is_a_command_too() -> None:
+    command = [sys.executable, "-m", "tpfuse", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, f"tpfuse {tpfuse.__version__}\n")
+
+
 def test_the_command_is_installed() -> None:
     done = subprocess.run(
         [Path(sys.executable).parent / "tpfuse", "--version"], capture_output=True, text=True, timeout=60, check=False
