@@ -7,6 +7,7 @@ often a forward runs, and also where compiled graphs come from a cache and nothi
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +23,9 @@ from tpfuse.errors import CommunicatorClosed, first_line
 
 # Ranks may be minutes apart at their first forward, where one of them compiles and another finds its graphs in a cache.
 TIMEOUT = 300.0
-# The same calls on all ranks before anything relies on them: rows of one-shot and of two-shot, and seconds for each.
-TRIAL_ROWS, TRIAL_WIDTH, TRIAL_TIMEOUT = (4, 1600), 1024, 30.0
-TRIAL_RESULTS = ("all_reduce_rms_norm's norm", "all_reduce_rms_norm's residual", "rms_norm")
+# The same calls on all ranks before anything relies on them: rows of one-shot and of two-shot, and seconds for each,
+# in which a slower rank loads what it needs.
+TRIAL_ROWS, TRIAL_WIDTH, TRIAL_TIMEOUT = (4, 1600), 1024, 60.0
 
 QK_NORM, BOUNDARY = "QK norm", "all-reduce + norm"
 EXPERTS = "sum over experts"  # in the latter
@@ -157,24 +158,29 @@ def _tried(group: Any) -> str:
 
 def trial(comm: Communicator) -> str:
     """What is not the contract's in a few small calls; empty if all is."""
-    generator = torch.Generator().manual_seed(0)
+    for rows in TRIAL_ROWS:
+        for op, found, wanted in _calls(comm, rows):
+            right = all(torch.equal(*both) for both in zip(found, wanted, strict=True))
+            comm.check()  # the kernel is done: if it has given up, that says more
+            if not right:
+                return f"{op} of {rows} rows is wrong on these GPUs; `tpfuse check --device cuda` says more"
+    return ""
 
-    def rows(count: int) -> Tensor:
+
+def _calls(comm: Communicator, rows: int) -> Iterator[tuple[str, Sequence[Any], Sequence[Any]]]:
+    """One call after the other: op, results, and what they must be."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def random(count: int) -> Tensor:
         drawn = torch.randn(count, TRIAL_WIDTH, generator=generator, device="cpu", dtype=torch.float32)
         return drawn.to(comm.device, torch.bfloat16)
 
-    weight = rows(1)[0]
-    for count in TRIAL_ROWS:
-        xs, residual = [rows(count) for _ in range(comm.world)], rows(count)
-        x, norms = xs[comm.rank], reference.rms_norm(xs, [weight] * comm.world)
-        found = (*comm.all_reduce_rms_norm(x, weight, residual=residual)[:2], comm.rms_norm(x, weight))
-        wanted = (*reference.all_reduce_rms_norm(xs, weight, residual=residual)[:2], norms[comm.rank])
-        right = [torch.equal(*both) for both in zip(found, wanted, strict=True)]  # type: ignore[arg-type]
-        comm.check()  # the kernels are done: if one has given up, that says more
-        if not all(right):
-            wrong = TRIAL_RESULTS[right.index(False)]
-            return f"{wrong} of {count} rows is wrong on these GPUs; `tpfuse check --device cuda` says more"
-    return ""
+    xs, residual, weight = [random(rows) for _ in range(comm.world)], random(rows), random(1)[0]
+    x = xs[comm.rank]
+    summed = reference.all_reduce_rms_norm(xs, weight, residual=residual)
+    yield "all_reduce_rms_norm", comm.all_reduce_rms_norm(x, weight, residual=residual)[:2], summed[:2]
+    norms = reference.rms_norm(xs, [weight] * comm.world)
+    yield "rms_norm", [comm.rms_norm(x, weight)], [norms[comm.rank]]
 
 
 def check() -> None:
